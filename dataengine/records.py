@@ -38,7 +38,15 @@ PROVENANCE_STRUCT = pa.struct(
 )
 """Who wrote a column of this row: model id, its revision, hash of the prompt (null if none)."""
 
-DROP_STRUCT = pa.struct([("stage", pa.string()), ("reason", pa.string()), ("detail", pa.string())])
+DROP_STRUCT = pa.struct(
+    [
+        ("stage", pa.string()),
+        ("reason", pa.string()),
+        ("detail", pa.string()),
+        ("retryable", pa.bool_()),
+    ]
+)
+"""Why a row ended: travels in the column ``_drop``, null while the row is alive."""
 
 DROP_COUNT_STRUCT = pa.struct(
     [
@@ -48,6 +56,7 @@ DROP_COUNT_STRUCT = pa.struct(
         ("duration_ms", pa.int64()),
     ]
 )
+"""Clips of one video that ended for one reason."""
 
 # --------------------------------------------------------------------------------------- clips
 
