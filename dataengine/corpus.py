@@ -1,0 +1,400 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A corpus on disk or in an object store: layout, commit protocol, readers.
+
+The commit protocol, in the order of writing (each file appears whole under its name)::
+
+    shards/<shard>.parquet           clips with their media
+    videos/<run>-<shard>.parquet     one row per source video that ended with this shard
+    catalog/<shard>.parquet          the same clips without media: THE COMMIT
+
+A shard or a videos part without its catalog twin is garbage, ignored by every reader and removed
+by the next writer. A shard holds whole videos only and is named by a hash of their ids and of the
+pipeline, so a task that runs twice overwrites itself. Hence a writer can be killed at any point
+and started again, and every clip is there exactly once.
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any, BinaryIO, cast
+
+import fsspec
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as pa_dataset
+import pyarrow.parquet as pq
+
+from dataengine import records
+from dataengine.errors import CorpusError
+
+_DROPS = "drops"
+"""Takes the shard's place in the name of a videos part that goes with no shard."""
+
+
+class SupersededError(CorpusError):
+    """Another run has taken the corpus over; this writer must not commit any more."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Paths and files of one corpus. Cheap to make and to pickle.
+
+    Args:
+        url: A local folder or an fsspec URL such as ``s3://bucket/corpus``.
+    """
+
+    url: str
+
+    # ------------------------------------------------------------------------------- opening
+
+    @classmethod
+    def create(cls, url: str) -> "Corpus":
+        """Opens a corpus for writing, making it when there is none.
+
+        Raises:
+            CorpusError: If the folder holds other things, or a corpus of a newer format.
+        """
+        corpus = cls(_absolute(url))
+        if corpus.fs.exists(corpus.path("corpus.json")):
+            return cls.open(url)
+        if corpus.fs.exists(corpus.root) and any(
+            not PurePosixPath(name).name.startswith(".")
+            for name in corpus.fs.ls(corpus.root, detail=False)
+        ):
+            raise CorpusError(
+                f"Not a corpus, and not empty: {url}", "choose a new folder for --corpus"
+            )
+        for folder in ("shards", "videos", "catalog", "runs"):
+            corpus.fs.makedirs(corpus.path(folder), exist_ok=True)
+        about = {
+            "format_version": records.FORMAT_VERSION,
+            "schema": [f"{field.name}: {field.type}" for field in records.CLIP_SCHEMA],
+            "created_ms": int(time.time() * 1000),
+        }
+        corpus.publish("corpus.json", lambda file: file.write(json.dumps(about, indent=1).encode()))
+        return corpus
+
+    @classmethod
+    def open(cls, url: str) -> "Corpus":
+        """Opens an existing corpus.
+
+        Raises:
+            CorpusError: If there is none, or its format is newer than this code.
+        """
+        corpus = cls(_absolute(url))
+        try:
+            about = json.loads(corpus.fs.cat_file(corpus.path("corpus.json")))
+        except FileNotFoundError:
+            raise CorpusError(
+                f"Not a corpus: {url} (it has no corpus.json)",
+                "make one with: dataengine ingest PIPELINE --sources ... --corpus " + url,
+            ) from None
+        if about["format_version"] > records.FORMAT_VERSION:
+            raise CorpusError(
+                f"Corpus format {about['format_version']} of {url} is newer than this version",
+                "update dataengine",
+            )
+        return corpus
+
+    @property
+    def fs(self) -> fsspec.AbstractFileSystem:
+        """The file system the corpus lies on."""
+        # Listings must be fresh: other processes write to the same corpus.
+        return fsspec.core.url_to_fs(self.url, use_listings_cache=False)[0]
+
+    @property
+    def root(self) -> str:
+        """The corpus' folder as its file system names it."""
+        return fsspec.core.url_to_fs(self.url)[1].rstrip("/")
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the corpus is a folder of this machine's file system."""
+        return "file" in self.fs.protocol
+
+    def path(self, *parts: str) -> str:
+        """Returns a path inside the corpus as its file system names it."""
+        return "/".join((self.root, *parts))
+
+    def names(self, folder: str, suffix: str = ".parquet") -> list[str]:
+        """Returns the sorted names, without suffix, of the finished files of a folder."""
+        try:
+            paths = self.fs.ls(self.path(folder), detail=False)
+        except FileNotFoundError:
+            return []
+        names = (PurePosixPath(path).name for path in paths)
+        return sorted(n[: -len(suffix)] for n in names if n.endswith(suffix) and n[0] != ".")
+
+    # ------------------------------------------------------------------------------- writing
+
+    def publish(self, name: str, write: Callable[[BinaryIO], Any]) -> None:
+        """Writes a file that appears under its name whole or not at all.
+
+        On a local disk: a temporary name, flushed to the disk, then renamed. On an object store
+        an upload is atomic by itself.
+        """
+        target = self.path(name)
+        if not self.is_local:
+            with self.fs.open(target, "wb") as file:
+                write(cast(BinaryIO, file))
+            return
+        folder, _, base = target.rpartition("/")
+        os.makedirs(folder, exist_ok=True)
+        temporary = f"{folder}/.{base}.{uuid.uuid4().hex}.tmp"
+        try:
+            with open(temporary, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+            raise
+
+    def take_over(self, run_id: str) -> None:
+        """Makes a run the only one whose commits are accepted."""
+        self.publish("runs/current", lambda file: file.write(run_id.encode()))
+
+    def check_current(self, run_id: str) -> None:
+        """Raises SupersededError unless the run is the one that took the corpus over last."""
+        current = cast(bytes, self.fs.cat_file(self.path("runs/current"))).decode()
+        if current != run_id:
+            raise SupersededError(f"Run {run_id} was superseded by run {current}")
+
+    def commit(
+        self,
+        clips: pa.Table,
+        videos: Sequence[dict[str, Any]],
+        *,
+        run_id: str,
+        fingerprint: str,
+        row_group_bytes: int = 32 << 20,
+    ) -> str | None:
+        """Writes one shard of whole videos and the ledger rows of the videos that ended with it.
+
+        Args:
+            clips: Rows of CLIP_SCHEMA; all clips of every kept video of ``videos``, no others.
+            videos: Rows of VIDEO_SCHEMA without ``run_id``, ``fingerprint`` and ``shard``.
+            run_id: The run that writes; it must be the current one.
+            fingerprint: Hash of everything in the pipeline that changes what a clip holds.
+            row_group_bytes: Media bytes after which a row group is closed.
+
+        Returns:
+            The shard's name, or None when there were no clips.
+
+        Raises:
+            SupersededError: If another run took the corpus over; nothing is committed then.
+        """
+        shard, catalog = None, None
+        if clips.num_rows:
+            clips = _sorted(clips)
+            shard = records.digest(fingerprint, *clips["video_id"].unique().to_pylist())
+        stamp = {"run_id": run_id, "fingerprint": fingerprint}
+        rows = [{**v, **stamp, "shard": shard if v["num_clips"] else None} for v in videos]
+        ledger = pa.Table.from_pylist(rows, schema=records.VIDEO_SCHEMA)
+        part = shard or f"{_DROPS}-{records.digest(*sorted(v['source'] for v in videos))}"
+
+        self.check_current(run_id)
+        if shard:
+            catalog = self._write_shard(shard, clips, row_group_bytes)
+        self.publish(f"videos/{run_id}-{part}.parquet", lambda file: _write_small(ledger, file))
+        if shard and catalog:
+            # Last look before the commit: a run that was killed may still have live workers.
+            self.check_current(run_id)
+            self.publish(f"catalog/{shard}.parquet", lambda file: _write_small(catalog, file))
+        return shard
+
+    def _write_shard(self, shard: str, clips: pa.Table, row_group_bytes: int) -> pa.Table:
+        """Writes the shard file and returns its catalog twin."""
+        clips = clips.select(records.CLIP_SCHEMA.names).cast(records.CLIP_SCHEMA)
+        schema = clips.schema.with_metadata(records.hugging_face_metadata(clips.schema))
+        groups = list(row_groups(_media_bytes(clips), row_group_bytes))
+
+        def write(file: BinaryIO) -> None:
+            text = [n for n in schema.names if n not in (*records.MEDIA_COLUMNS, "frame_ms")]
+            options: dict[str, Any] = {
+                # Media is compressed already; a dictionary or statistics of it only cost time.
+                "compression": {path: _codec(path) for path in _leaf_paths(schema)},
+                "use_dictionary": text,
+                "write_statistics": text,
+                "write_page_index": True,
+            }
+            with pq.ParquetWriter(file, schema, **options) as writer:
+                for start, stop in groups:
+                    writer.write_table(
+                        clips.slice(start, stop - start), row_group_size=stop - start
+                    )
+
+        self.publish(f"shards/{shard}.parquet", write)
+        lengths = [stop - start for start, stop in groups]
+        catalog = clips.drop_columns(list(records.MEDIA_COLUMNS))
+        locators = {
+            "shard": pa.repeat(pa.scalar(shard), clips.num_rows),
+            "row_group": pa.array([g for g, n in enumerate(lengths) for _ in range(n)], pa.int32()),
+            "row": pa.array([row for n in lengths for row in range(n)], pa.int32()),
+        }
+        for name, column in locators.items():
+            catalog = catalog.append_column(name, column)
+        return catalog.cast(records.CATALOG_SCHEMA)
+
+    def sweep(self) -> int:
+        """Removes what a killed writer left behind: everything without its commit.
+
+        Only the run that holds the corpus may call this. Returns the number of files removed.
+        """
+        committed = set(self.names("catalog"))
+        garbage = [f"shards/{n}.parquet" for n in self.names("shards") if n not in committed]
+        garbage += [
+            f"videos/{n}.parquet" for n in self.names("videos") if not _counts(n, committed)
+        ]
+        for folder in ("shards", "videos", "catalog"):
+            with contextlib.suppress(FileNotFoundError):
+                garbage += [
+                    f"{folder}/{PurePosixPath(path).name}"
+                    for path in self.fs.ls(self.path(folder), detail=False)
+                    if path.endswith(".tmp")
+                ]
+        for name in garbage:
+            with contextlib.suppress(FileNotFoundError):
+                self.fs.rm_file(self.path(name))
+        return len(garbage)
+
+    # ------------------------------------------------------------------------------- reading
+
+    def video_parts(self) -> list[str]:
+        """Returns the paths of the videos parts that count."""
+        committed = set(self.names("catalog"))
+        return [
+            self.path("videos", f"{name}.parquet")
+            for name in self.names("videos")
+            if _counts(name, committed)
+        ]
+
+    def catalog_parts(self) -> list[str]:
+        """Returns the paths of the catalog's files."""
+        return [self.path("catalog", f"{name}.parquet") for name in self.names("catalog")]
+
+    def catalog(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """Returns the catalog, or some columns of it, in a stable order.
+
+        This holds the whole answer in memory: ask for few columns of a large corpus.
+        """
+        return _read(self, self.catalog_parts(), records.CATALOG_SCHEMA, columns)
+
+    def videos(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """Returns the current row of every source, or some columns of it, sorted by source."""
+        wanted = list(columns) if columns else records.VIDEO_SCHEMA.names
+        needed = list(dict.fromkeys([*wanted, "source", "finished_ms"]))
+        table = _read(self, self.video_parts(), records.VIDEO_SCHEMA, needed)
+        table = table.sort_by([("source", "ascending"), ("finished_ms", "ascending")])
+        sources = table["source"].to_pylist()
+        newest = [i for i, s in enumerate(sources) if i + 1 == len(sources) or s != sources[i + 1]]
+        return table.take(pa.array(newest, pa.int64())).select(wanted)
+
+    def open_shard(self, shard: str) -> pq.ParquetFile:
+        """Opens a shard for row-group reads. Close it when done.
+
+        Raises:
+            CorpusError: If the shard is missing or is not Parquet.
+        """
+        try:
+            return pq.ParquetFile(self.fs.open(self.path("shards", f"{shard}.parquet"), "rb"))
+        except (FileNotFoundError, pa.ArrowInvalid) as error:
+            raise CorpusError(f"Shard {shard} of {self.url} cannot be read: {error}") from None
+
+    def read_clip(self, locator: dict[str, Any], columns: Sequence[str]) -> dict[str, Any]:
+        """Returns some columns of one clip, media included, by its catalog row."""
+        with self.open_shard(locator["shard"]) as file:
+            group = file.read_row_group(locator["row_group"], columns=list(columns))
+        return group.slice(locator["row"], 1).to_pylist()[0]
+
+
+# ----------------------------------------------------------------------------- pure functions
+
+
+def row_groups(sizes: Sequence[int], limit: int) -> Iterator[tuple[int, int]]:
+    """Yields ``[start, stop)`` of consecutive rows whose sizes add up to at least the limit.
+
+    Every group but the last reaches the limit; a group is closed as soon as it does, so it is
+    never larger than the limit plus one row.
+    """
+    start, total = 0, 0
+    for index, size in enumerate(sizes):
+        total += size
+        if total >= limit:
+            yield start, index + 1
+            start, total = index + 1, 0
+    if start < len(sizes):
+        yield start, len(sizes)
+
+
+def _counts(part: str, committed: set[str]) -> bool:
+    """Returns whether a videos part, ``<run>-<shard>`` or ``<run>-drops-<hash>``, is committed."""
+    _, middle, last = ("-", *part.split("-"))[-3:]
+    return middle == _DROPS or last in committed
+
+
+def _media_bytes(clips: pa.Table) -> list[int]:
+    """Returns the media bytes of every row."""
+    sizes: list[int] = []
+    for batch in clips.select(records.MEDIA_COLUMNS).to_batches():
+        mp4 = pc.call_function("binary_length", [batch["video"].field("bytes")]).to_pylist()
+        frames = batch["frames"]
+        jpegs = pc.call_function("binary_length", [frames.flatten()]).to_pylist()
+        stops = itertools.accumulate(n or 0 for n in frames.value_lengths().to_pylist())
+        starts = 0
+        for video, stop in zip(mp4, stops, strict=True):
+            sizes.append((video or 0) + sum(jpegs[starts:stop]))
+            starts = stop
+    return sizes
+
+
+def _sorted(clips: pa.Table) -> pa.Table:
+    """Returns the clips by video and time, untouched (no copy of the media) if they are so."""
+    keys = list(zip(clips["video_id"].to_pylist(), clips["start_ms"].to_pylist(), strict=True))
+    order = sorted(range(len(keys)), key=keys.__getitem__)
+    return clips if order == list(range(len(keys))) else clips.take(pa.array(order))
+
+
+def _leaf_paths(schema: pa.Schema) -> list[str]:
+    """Returns the dotted Parquet path of every leaf column."""
+
+    def walk(path: str, type_: pa.DataType) -> Iterator[str]:
+        if pa.types.is_struct(type_):
+            for field in type_:
+                yield from walk(f"{path}.{field.name}", field.type)
+        elif pa.types.is_list(type_):
+            yield from walk(f"{path}.list.element", type_.value_type)
+        else:
+            yield path
+
+    return [leaf for field in schema for leaf in walk(field.name, field.type)]
+
+
+def _codec(path: str) -> str:
+    return "NONE" if path.split(".")[0] in records.MEDIA_COLUMNS else "ZSTD"
+
+
+def _write_small(table: pa.Table, file: BinaryIO) -> None:
+    pq.write_table(table, file, compression="zstd", write_page_index=True)
+
+
+def _read(
+    corpus: Corpus, paths: list[str], schema: pa.Schema, columns: Sequence[str] | None
+) -> pa.Table:
+    if not paths:
+        return schema.empty_table().select(list(columns or schema.names))
+    dataset = pa_dataset.dataset(paths, schema=schema, format="parquet", filesystem=corpus.fs)
+    return dataset.to_table(columns=list(columns) if columns else None)
+
+
+def _absolute(url: str) -> str:
+    """Returns the URL with a local path made absolute: workers may run in another folder."""
+    return url if "://" in url else os.path.abspath(url)
