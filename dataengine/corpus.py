@@ -205,7 +205,7 @@ class Corpus:
         if shard:
             catalog = self._write_shard(shard, clips, row_group_bytes)
         self.publish(f"videos/{run_id}-{part}.parquet", lambda file: _write_small(ledger, file))
-        if shard and catalog:
+        if shard and catalog is not None:
             # Last look before the commit: a run that was killed may still have live workers.
             self.check_current(run_id)
             self.publish(f"catalog/{shard}.parquet", lambda file: _write_small(catalog, file))

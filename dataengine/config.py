@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pipeline files: YAML to frozen settings, with every problem reported at once."""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import Field, ValidationError
+
+from dataengine.errors import ConfigError
+from dataengine.stage import Settings, Stage
+from dataengine.stages import STAGES
+
+SettingsT = TypeVar("SettingsT", bound=Settings)
+
+SOURCE_COLUMNS = ("_video", "_duplicate_of")
+"""What the source list gives to the first stage."""
+
+
+class ShardSettings(Settings):
+    """How clips are packed into shards."""
+
+    shard_mb: int = Field(default=256, ge=1)
+    """Media after which a shard is closed; whole videos are never split, so it may be exceeded."""
+    row_group_mb: int = Field(default=32, ge=1)
+    """Media after which a row group is closed: the unit of random access."""
+
+
+class RuntimeSettings(Settings):
+    """How the run behaves; none of this changes what a clip holds."""
+
+    max_attempts: int = Field(default=3, ge=1)
+    """Times an item may kill its worker before it is set aside as failed."""
+    videos_per_wave: int = Field(default=20_000, ge=1)
+    """Videos in one Ray Data graph; bounds what the driver has to remember."""
+    no_progress_timeout_s: int = Field(default=7200, ge=-1)
+    """Seconds without any output after which Ray gives up; -1 waits for ever."""
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A checked pipeline: what runs, in order, and its hash."""
+
+    name: str
+    description: str
+    shards: ShardSettings
+    runtime: RuntimeSettings
+    stages: tuple[tuple[type[Stage], Stage.Config], ...]
+    source: str
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all that changes what a clip holds: stages, their settings, their prompts."""
+        content = {
+            cls.name: config.model_dump(mode="json", exclude={"resources"})
+            for cls, config in self.stages
+        }
+        text = json.dumps([content, self.prompt_hashes()], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def prompt_hashes(self) -> dict[str, str]:
+        """Returns the SHA-256 of every prompt file that a stage's settings name."""
+        files = {
+            value
+            for _, config in self.stages
+            for value in _strings(config.model_dump(mode="json"))
+            if value.startswith("prompts/")
+        }
+        return {file: hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in sorted(files)}
+
+    def resolved(self) -> str:
+        """Returns the pipeline as YAML with every default written out."""
+        content = {
+            "name": self.name,
+            "description": self.description,
+            "shards": self.shards.model_dump(mode="json"),
+            "runtime": self.runtime.model_dump(mode="json"),
+            "stages": {cls.name: config.model_dump(mode="json") for cls, config in self.stages},
+        }
+        return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+
+
+def load_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> Pipeline:
+    """Reads and checks a pipeline file.
+
+    Args:
+        path: A YAML file; see ``pipelines/README.md``.
+        overrides: ``a.b.c=value`` settings, the value in YAML, applied in order.
+
+    Raises:
+        ConfigError: With every problem found, each on a line of its own.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"Pipeline file cannot be read: {path} ({error.strerror})",
+            "the pipelines that come with the project are in pipelines/",
+        ) from None
+    try:
+        content = yaml.load(text, Loader=_UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"Not valid YAML: {path}\n  {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"Not a pipeline: {path}", "expected the keys name and stages")
+    problems: list[str] = []
+    for override in overrides:
+        _apply(content, override, problems)
+    pipeline = _build(content, str(path), problems)
+    if problems or pipeline is None:
+        raise ConfigError(
+            f"{len(problems)} problem{'s' * (len(problems) > 1)} in {path}:\n"
+            + "\n".join(f"  {problem}" for problem in problems)
+        )
+    return pipeline
+
+
+def _build(content: dict[str, Any], source: str, problems: list[str]) -> Pipeline | None:
+    """Checks every part and returns the pipeline, or None when there was a problem."""
+    known = {"name", "description", "shards", "runtime", "stages"}
+    problems += [
+        f"{key}: unknown key{_did_you_mean(key, known)}" for key in content if key not in known
+    ]
+    name = content.get("name")
+    if not isinstance(name, str) or not name:
+        problems.append("name: expected a text")
+    shards = _settings(ShardSettings, content.get("shards"), "shards", problems)
+    runtime = _settings(RuntimeSettings, content.get("runtime"), "runtime", problems)
+    entries = content.get("stages")
+    if not isinstance(entries, dict) or not entries:
+        problems.append("stages: expected a mapping of stage name to its settings")
+        return None
+    stages = []
+    for stage_name, settings in entries.items():
+        cls = STAGES.get(stage_name)
+        if cls is None:
+            problems.append(
+                f"stages.{stage_name}: unknown stage{_did_you_mean(stage_name, STAGES)}"
+            )
+            continue
+        config = _settings(cls.Config, settings, f"stages.{stage_name}", problems)
+        if config is not None:
+            stages.append((cls, config))
+    if len(stages) == len(entries):
+        problems += _column_problems([cls for cls, _ in stages])
+    if stages and stages[0][1].resources.colocate:
+        problems.append(f"stages.{stages[0][0].name}: the first stage has none to colocate with")
+    if problems or shards is None or runtime is None:
+        return None
+    return Pipeline(
+        name=str(name),
+        description=str(content.get("description", "")),
+        shards=shards,
+        runtime=runtime,
+        stages=tuple(stages),
+        source=source,
+    )
+
+
+def _column_problems(stages: Sequence[type[Stage]]) -> list[str]:
+    """Returns a problem for every stage that reads what no stage before it writes."""
+    available = set(SOURCE_COLUMNS)
+    problems = []
+    for cls in stages:
+        missing = sorted(set(cls.inputs) - available)
+        if missing:
+            problems.append(f"stages.{cls.name}: no stage before it writes {', '.join(missing)}")
+        available |= set(cls.outputs.names)
+    return problems
+
+
+def _settings(
+    cls: type[SettingsT], content: object, where: str, problems: list[str]
+) -> SettingsT | None:
+    """Returns validated settings, or None after adding each problem with its place."""
+    try:
+        return cls.model_validate(content or {})
+    except ValidationError as error:
+        for problem in error.errors():
+            # The name of a union's member is pydantic's, not a key in the user's file.
+            keys = [str(key) for key in problem["loc"]]
+            value = problem["input"]
+            shown = "" if isinstance(value, Mapping) else f" (got {value!r})"
+            problems.append(f"{'.'.join([where, *keys])}: {problem['msg']}{shown}")
+        return None
+
+
+def _apply(content: dict[str, Any], override: str, problems: list[str]) -> None:
+    """Sets one ``a.b.c=value`` in the content, in place."""
+    key, equals, text = override.partition("=")
+    if not equals:
+        problems.append(f"--set {override}: expected KEY=VALUE")
+        return
+    *parents, last = key.strip().split(".")
+    node: Any = content
+    for parent in parents:
+        if node.get(parent) is None:
+            node[parent] = {}
+        node = node[parent]
+        if not isinstance(node, dict):
+            problems.append(f"--set {override}: {parent} is a value, not a section")
+            return
+    node[last] = yaml.safe_load(text)
+
+
+def _strings(value: object) -> list[str]:
+    """Returns every text inside nested lists and mappings."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, Mapping):
+        return [text for item in value.values() for text in _strings(item)]
+    if isinstance(value, list | tuple):
+        return [text for item in value for text in _strings(item)]
+    return []
+
+
+def _did_you_mean(name: object, known: Any) -> str:
+    close = difflib.get_close_matches(str(name), list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known)}"
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key written twice: the second would win in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is written twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
