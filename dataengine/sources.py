@@ -48,7 +48,8 @@ PLAN_SCHEMA = pa.schema(
         ("file_bytes", pa.int64()),
     ]
 )
-"""A listed source. The todo list adds ``duplicate_of``: the source it repeats byte by byte."""
+"""A listed source. The todo list adds ``attempts`` made before, and ``duplicate_of``: the source
+it repeats byte by byte."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def expand(sources: Sequence[str]) -> Iterator[str]:
 def _expand(word: str, base: Path) -> Iterator[str]:
     if records.is_url(word):
         video = records.youtube_id(word)
-        yield f"https://www.youtube.com/watch?v={video}" if video else word
+        yield f"https://www.youtube.com/watch?v={video}" if video else records.canonical_url(word)
         return
     if word.startswith("youtube:"):
         yield from _expand(f"https://youtu.be/{word.removeprefix('youtube:')}", base)
@@ -176,7 +177,10 @@ def make_plan(
             "file_row_number=true) order by source, file_row_number) "
             "order by file_row_number" + (f" limit {limit}" if limit is not None else "")
         )
-        columns = "source, source_version, status, fingerprint, file_bytes, video_id, finished_ms"
+        columns = (
+            "source, source_version, status, fingerprint, attempts, "
+            "file_bytes as ledger_bytes, video_id, finished_ms"
+        )
         if ledger_parts:
             parts = ", ".join(f"'{_quoted(part)}'" for part in ledger_parts)
             db.execute(
@@ -187,7 +191,7 @@ def make_plan(
             db.register("empty_ledger", records.VIDEO_SCHEMA.empty_table())
             db.execute(f"create table ledger as select {columns} from empty_ledger")
         db.execute(
-            "create table todo as select listed.* from listed left join ledger using (source) "
+            "create table todo as select listed.*, attempts from listed left join ledger using (source) "
             "where ledger.source is null or (ledger.status <> 'kept' "
             "and ledger.source_version <> listed.source_version)"
         )
@@ -220,7 +224,7 @@ def _mark_duplicates(db: duckdb.DuckDBPyConnection) -> None:
     """Adds the table ``duplicates`` (source, duplicate_of) for the files in ``todo``."""
     same_size = db.execute(
         "select source from todo where file_bytes > 0 and (file_bytes in (select file_bytes from todo "
-        "group by file_bytes having count(*) > 1) or file_bytes in (select file_bytes from ledger))"
+        "group by file_bytes having count(*) > 1) or file_bytes in (select ledger_bytes from ledger))"
     ).fetchall()
     paths = [path for (path,) in same_size]
     with ThreadPoolExecutor() as pool:
@@ -231,7 +235,7 @@ def _mark_duplicates(db: duckdb.DuckDBPyConnection) -> None:
         "create table duplicates as with named as ("
         "select source, id, 1 + file_row_number as position from hashed join todo using (source) "
         "where id is not null "
-        "union all select source, video_id, 0 from ledger where file_bytes is not null "
+        "union all select source, video_id, 0 from ledger where ledger_bytes is not null "
         "and source not in (select source from todo)), "
         "first as (select id, arg_min(source, position) as source from named group by id) "
         "select named.source, first.source as duplicate_of from named join first using (id) "

@@ -55,9 +55,10 @@ class Resources(Settings):
 class Kept:
     """An input that goes on, as one row, or as many when a video becomes clips.
 
-    Each row holds only the columns of ``Stage.outputs`` (a missing one is null); all other
-    columns of the input are carried over by the runner. A row may also hold ``provenance``: a
-    list of dicts (see `provenance`) that replace the entries of the same columns.
+    Each row holds only columns of ``Stage.outputs``; all other columns of the input are carried
+    over by the runner, and an output that a row does not mention keeps its old value, null if it
+    had none. A row may also hold ``provenance``: a list of dicts (see `provenance`) that replace
+    the entries of the same columns.
     """
 
     rows: tuple[Mapping[str, Any], ...]

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a person sees while a run goes on: a line for the videos and one per stage."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+_PLAIN_INTERVAL_S = 10.0
+
+
+@dataclass
+class StageCounts:
+    """What a stage has done so far; retried work is counted each time it is done.
+
+    Attributes:
+        num_in: Rows it was given.
+        num_out: Rows that live after it.
+        num_dropped: Rows it dropped.
+        busy_s: Seconds spent in ``process``, added up over all actors.
+        setup_s: Seconds spent in ``setup``, added up over all actors.
+    """
+
+    num_in: int = 0
+    num_out: int = 0
+    num_dropped: int = 0
+    busy_s: float = 0.0
+    setup_s: float = 0.0
+
+
+@dataclass
+class Snapshot:
+    """The state of a run at one moment."""
+
+    stages: dict[str, StageCounts]
+    num_videos_done: int = 0
+
+
+class ProgressDisplay:
+    """Live bars on a terminal, a line every ten seconds elsewhere. Use as a context manager."""
+
+    def __init__(self, console: Console, stages: Sequence[str], num_videos: int) -> None:
+        self._console = console
+        self._num_videos = num_videos
+        self._start = time.monotonic()
+        self._last_plain = self._start
+        self._bars = Progress(
+            TextColumn("  {task.description:<18}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed:>7.0f} of {task.fields[known]:<7}"),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._videos = self._add("videos", num_videos)
+        self._stages: dict[str, TaskID] = {name: self._add(name, None) for name in stages}
+
+    def __enter__(self) -> "ProgressDisplay":
+        self._bars.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._bars.stop()
+
+    def show(self, snapshot: Snapshot) -> None:
+        """Draws a state."""
+        elapsed = time.monotonic() - self._start
+        done = snapshot.num_videos_done
+        note = _rate(done, elapsed, "videos")
+        if 0 < done < self._num_videos:
+            note += f", {duration(elapsed / done * (self._num_videos - done))} left"
+        self._update(self._videos, done, self._num_videos, note)
+        upstream = self._num_videos
+        for name, task in self._stages.items():
+            counts = snapshot.stages.get(name, StageCounts())
+            note = (
+                _rate(counts.num_in, counts.busy_s, "rows") + " busy"
+                if counts.num_in
+                else "waiting"
+            )
+            if counts.num_dropped:
+                note += f", {counts.num_dropped} dropped"
+            self._update(task, counts.num_in, max(upstream, counts.num_in), note)
+            upstream = counts.num_out
+        if (
+            not self._console.is_terminal
+            and time.monotonic() - self._last_plain > _PLAIN_INTERVAL_S
+        ):
+            self._last_plain = time.monotonic()
+            stages = "  ".join(
+                f"{name} {snapshot.stages[name].num_in}"
+                for name in self._stages
+                if name in snapshot.stages
+            )
+            self._console.print(
+                f"{duration(elapsed):>7}  videos {done} of {self._num_videos}  {stages}",
+                highlight=False,
+                soft_wrap=True,
+            )
+
+    def _add(self, name: str, total: int | None) -> TaskID:
+        return self._bars.add_task(name, total=total, known="", note="")
+
+    def _update(self, task: TaskID, completed: int, total: int, note: str) -> None:
+        self._bars.update(task, completed=completed, total=total, known=str(total), note=note)
+
+
+def duration(seconds: float) -> str:
+    """Returns seconds as a person says them: ``42 s``, ``3 min 05 s``, ``2 h 10 min``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def _rate(count: int, seconds: float, unit: str) -> str:
+    return f"{count / seconds:.1f} {unit}/s" if count and seconds > 0.5 else ""

@@ -1,0 +1,442 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs a pipeline on Ray: the only module that imports it.
+
+A run is one streaming Ray Data graph: source rows -> an actor pool per stage -> a datasink that
+commits shards. Ray Data owns scheduling, back-pressure, autoscaling and retries. Blocks are never
+split (``target_max_block_size = None``): a video's rows stay in one block from the stage that
+makes its clips to the sink, so a shard holds whole videos.
+
+A worker that dies takes only its current batch with it. The batch is tried again item by item, and
+an item that kills its worker ``max_attempts`` times ends as a Drop with reason `WORKER_CRASHED`.
+"""
+
+import logging
+import os
+import threading
+import time
+import traceback
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+# Under `uv run` Ray would rebuild the driver's environment for every worker, and hang.
+os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import ray.data
+
+from dataengine import records
+from dataengine.config import Pipeline
+from dataengine.corpus import Corpus
+from dataengine.errors import ConfigError, EngineError
+from dataengine.flow import WORKER_CRASHED, StageError, apply_stage, item_id, settle, source_table
+from dataengine.progress import ProgressDisplay, Snapshot, StageCounts
+from dataengine.stage import Drop, Outcome, Resources, Row, Stage
+
+_WRITE_CPUS = 0.1
+"""Cores reserved by a write task: it mostly waits for the disk."""
+
+_POLL_S = 0.5
+
+StageSpec = tuple[type[Stage], Stage.Config]
+
+
+@dataclass(frozen=True)
+class Pool:
+    """An actor pool as it is asked of Ray: one or more stages in each actor."""
+
+    stages: tuple[StageSpec, ...]
+    num_cpus: float
+    num_gpus: float
+    memory_bytes: int | None
+    min_actors: int
+    max_actors: int
+    batch_size: int
+
+
+def execute(
+    pipeline: Pipeline,
+    corpus: Corpus,
+    run_id: str,
+    todo: str,
+    num_videos: int,
+    *,
+    address: str | None,
+    display: ProgressDisplay,
+) -> Snapshot:
+    """Runs a pipeline over a todo list and commits what comes out.
+
+    Args:
+        pipeline: What to run.
+        corpus: Where to; ``run_id`` must be its current run.
+        run_id: The run's name.
+        todo: Local Parquet file made by `sources.make_plan`.
+        num_videos: Rows of it.
+        address: Of a Ray cluster; None uses ``RAY_ADDRESS``, or starts Ray on this machine.
+        display: Shows how it goes.
+
+    Returns:
+        What every stage has done.
+
+    Raises:
+        EngineError: If the cluster is too small, a model is missing or a stage fails.
+    """
+    _start_ray(address)
+    try:
+        pools = plan_pools(pipeline.stages, *_cluster_size())
+        # Pinned to the driver's node: it must live exactly as long as the run.
+        node = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
+            ray.get_runtime_context().get_node_id(), soft=False
+        )
+        control = _Control.options(scheduling_strategy=node).remote()
+        with _Poller(control, display):
+            for rows in _waves(todo, pipeline.runtime.videos_per_wave):
+                _run_wave(pipeline, corpus, run_id, rows, pools, control)
+        return ray.get(control.snapshot.remote())
+    except Exception as error:
+        raise _explain(error) from error
+    finally:
+        ray.shutdown()
+
+
+# -------------------------------------------------------------------------------------- planning
+
+
+def plan_pools(stages: Sequence[StageSpec], num_cpus: float, num_gpus: float) -> list[Pool]:
+    """Returns the actor pools of a pipeline, small enough for a cluster to start all of them.
+
+    Every stage must have an actor for anything to flow, so on a machine with fewer cores than the
+    stages ask for, every pool's share is scaled down alike: actors then take turns on the cores
+    instead of waiting for each other for ever.
+
+    Raises:
+        ConfigError: If the stages need more GPUs than there are.
+    """
+    groups: list[list[StageSpec]] = []
+    for spec in stages:
+        if groups and spec[1].resources.colocate:
+            groups[-1].append(spec)
+        else:
+            groups.append([spec])
+    asked = [_together([config.resources for _, config in group]) for group in groups]
+    gpus = sum(need.num_gpus * need.min_actors for need in asked)
+    if gpus > num_gpus:
+        names = ", ".join(c.name for c, config in stages if config.resources.num_gpus)
+        raise ConfigError(
+            f"The pipeline needs {gpus:g} GPUs, the cluster has {num_gpus:g} (stages: {names})",
+            "set a smaller resources.num_gpus, or run on a cluster with --address",
+        )
+    cpus = sum(need.num_cpus * need.min_actors for need in asked)
+    scale = min(1.0, (num_cpus - 2 * _WRITE_CPUS) / cpus)
+    pools = []
+    has_clips = False
+    for group, need in zip(groups, asked, strict=True):
+        room = num_gpus / need.num_gpus if need.num_gpus else num_cpus / need.num_cpus
+        most = need.max_actors or max(need.min_actors, int(room))
+        # Until there are clips a row is a whole video, and a block must hold one video only.
+        batch_size = need.batch_size if has_clips else 1
+        has_clips = has_clips or any("clip_id" in cls.outputs.names for cls, _ in group)
+        pools.append(
+            Pool(
+                stages=tuple(group),
+                num_cpus=int(need.num_cpus * scale * 1000) / 1000,
+                num_gpus=need.num_gpus,
+                memory_bytes=int(need.memory_gb * 2**30) if need.memory_gb else None,
+                min_actors=need.min_actors,
+                max_actors=most,
+                batch_size=batch_size,
+            )
+        )
+    return pools
+
+
+def _together(needs: Sequence[Resources]) -> Resources:
+    """Returns what an actor needs that runs several stages one after the other."""
+    memory = [need.memory_gb for need in needs if need.memory_gb]
+    return needs[0].model_copy(
+        update={
+            "num_cpus": max(need.num_cpus for need in needs),
+            "num_gpus": max(need.num_gpus for need in needs),
+            "memory_gb": sum(memory) if memory else None,
+        }
+    )
+
+
+def _waves(todo: str, size: int) -> Iterable[list[Row]]:
+    """Yields the todo list in pieces that a driver can remember."""
+    with pq.ParquetFile(todo) as file:
+        for batch in file.iter_batches(batch_size=size):
+            yield batch.to_pylist()
+
+
+# ------------------------------------------------------------------------------------- the graph
+
+
+def _run_wave(
+    pipeline: Pipeline,
+    corpus: Corpus,
+    run_id: str,
+    rows: list[Row],
+    pools: Sequence[Pool],
+    control: Any,
+) -> None:
+    context = ray.data.DataContext.get_current()
+    context.target_max_block_size = None
+    context.enable_progress_bars = False
+    context.execution_no_progress_timeout_s = pipeline.runtime.no_progress_timeout_s
+    context.max_errored_blocks = 0
+    context.print_on_execution_start = False
+
+    dataset = ray.data.from_arrow([source_table([row]) for row in rows])
+    for index, pool in enumerate(pools):
+        options: dict[str, Any] = {"memory": pool.memory_bytes} if pool.memory_bytes else {}
+        dataset = dataset.map_batches(
+            _Room,
+            batch_size=pool.batch_size,
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(
+                min_size=pool.min_actors, max_size=pool.max_actors, initial_size=pool.min_actors
+            ),
+            num_cpus=pool.num_cpus,
+            num_gpus=pool.num_gpus,
+            fn_constructor_kwargs={
+                "stages": pool.stages,
+                "control": control,
+                "max_attempts": pipeline.runtime.max_attempts,
+                "is_last": index == len(pools) - 1,
+            },
+            **options,
+        )
+    sink = _CorpusSink(corpus, run_id, pipeline)
+    dataset.write_datasink(sink, ray_remote_args={"num_cpus": _WRITE_CPUS})
+
+
+class _Room:
+    """One actor: a stage, or several that share an actor."""
+
+    def __init__(
+        self, stages: Sequence[StageSpec], control: Any, max_attempts: int, is_last: bool
+    ) -> None:
+        self._control = control
+        self._max_attempts = max_attempts
+        self._is_last = is_last
+        self._stages = []
+        for cls, config in stages:
+            start = time.perf_counter()
+            stage = cls(config)
+            stage.setup()
+            seconds = time.perf_counter() - start
+            control.report.remote(cls.name, StageCounts(setup_s=seconds), 0)
+            self._stages.append(stage)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        for stage in self._stages:
+            start = time.perf_counter()
+            before = table["_drop"].null_count
+            table = apply_stage(stage, table, lambda rows, stage=stage: self._process(stage, rows))
+            after = table["_drop"].null_count
+            counts = StageCounts(
+                num_in=before,
+                num_out=after,
+                num_dropped=sum(
+                    1 for drop in table["_drop"].to_pylist() if drop and drop["stage"] == stage.name
+                ),
+                busy_s=time.perf_counter() - start,
+            )
+            is_end = self._is_last and stage is self._stages[-1]
+            videos = len(_sources(table)) if is_end else 0
+            self._control.report.remote(stage.name, counts, videos)
+        return table
+
+    def _process(self, stage: Stage, rows: list[Row]) -> list[Outcome]:
+        """Runs a stage batch by batch, and item by item where a batch has killed a worker."""
+        size = stage.config.resources.batch_size
+        outcomes: list[Outcome] = []
+        for start in range(0, len(rows), size):
+            batch = rows[start : start + size]
+            if len(batch) == 1:
+                outcomes += self._guarded(stage, batch)
+                continue
+            key = records.digest(stage.name, *(item_id(row) for row in batch))
+            if ray.get(self._control.begin.remote(key)) == 0:
+                outcomes += _call(stage, batch)
+            else:
+                for row in batch:
+                    outcomes += self._guarded(stage, [row])
+            self._control.end.remote(key)
+        return outcomes
+
+    def _guarded(self, stage: Stage, batch: list[Row]) -> list[Outcome]:
+        """Processes a single item, unless it has killed its worker too often."""
+        key = records.digest(stage.name, item_id(batch[0]))
+        crashes = ray.get(self._control.begin.remote(key))
+        if crashes >= self._max_attempts:
+            outcomes: list[Outcome] = [
+                Drop(WORKER_CRASHED, f"killed its worker {crashes} times", retryable=True)
+            ]
+        else:
+            outcomes = _call(stage, batch)
+        self._control.end.remote(key)
+        return outcomes
+
+
+def _call(stage: Stage, batch: list[Row]) -> list[Outcome]:
+    """Calls a stage; what it raises is a programming error and gets a place and a name."""
+    try:
+        return stage.process(batch)
+    except EngineError:
+        raise
+    except Exception as error:
+        names = ", ".join(item_id(row) for row in batch[:3])
+        more = f" and {len(batch) - 3} more" if len(batch) > 3 else ""
+        place = "".join(traceback.format_tb(error.__traceback__)[-3:])
+        raise StageError(
+            f"Stage {stage.name} failed on {names}{more}: {type(error).__name__}: {error}",
+            f"this is a fault in the stage, not in the video; it was raised at\n{place}",
+        ) from None
+
+
+def _sources(table: pa.Table) -> set[str]:
+    """Returns the distinct sources in a table."""
+    return {video["source"] for video in table["_video"].to_pylist()}
+
+
+class _CorpusSink(ray.data.Datasink):
+    """Commits blocks of whole videos as shards."""
+
+    def __init__(self, corpus: Corpus, run_id: str, pipeline: Pipeline) -> None:
+        self._corpus = corpus
+        self._run_id = run_id
+        self._fingerprint = pipeline.fingerprint
+        self._max_attempts = pipeline.runtime.max_attempts
+        self._shards = pipeline.shards
+
+    def write(self, blocks: Iterable[Any], ctx: Any) -> None:  # noqa: ARG002
+        """Writes one shard; called in a task of its own, and again if that task dies."""
+        settled = [settle(block, self._max_attempts) for block in blocks if block.num_rows]
+        videos = sorted(
+            (video for _, rows in settled for video in rows), key=lambda video: video["video_id"]
+        )
+        if not videos:
+            return
+        clips = pa.concat_tables([_plain(clips) for clips, _ in settled])
+        self._corpus.commit(
+            clips,
+            videos,
+            run_id=self._run_id,
+            fingerprint=self._fingerprint,
+            row_group_bytes=self._shards.row_group_mb << 20,
+        )
+
+    @property
+    def min_bytes_per_write(self) -> int:
+        """Media after which a shard is written."""
+        return self._shards.shard_mb << 20
+
+
+def _plain(clips: pa.Table) -> pa.Table:
+    """Returns the clips with exactly the stored types, so that blocks can be put together."""
+    return clips.cast(records.CLIP_SCHEMA)
+
+
+# --------------------------------------------------------------------------------------- control
+
+
+@ray.remote(num_cpus=0)
+class _Control:
+    """Remembers what is being worked on, to know who killed a worker, and counts what is done."""
+
+    def __init__(self) -> None:
+        self._begun: dict[str, int] = {}
+        self._snapshot = Snapshot(stages={})
+
+    def begin(self, key: str) -> int:
+        """Notes the start of work; returns how often it was begun before and never ended."""
+        before = self._begun.get(key, 0)
+        self._begun[key] = before + 1
+        return before
+
+    def end(self, key: str) -> None:
+        self._begun.pop(key, None)
+
+    def report(self, stage: str, counts: StageCounts, num_videos_done: int) -> None:
+        total = self._snapshot.stages.setdefault(stage, StageCounts())
+        for name, value in vars(counts).items():
+            setattr(total, name, getattr(total, name) + value)
+        self._snapshot.num_videos_done += num_videos_done
+
+    def snapshot(self) -> Snapshot:
+        return self._snapshot
+
+
+class _Poller:
+    """Shows the state of a run every half second, from a thread, while in its ``with`` block."""
+
+    def __init__(self, control: Any, display: ProgressDisplay) -> None:
+        self._control = control
+        self._display = display
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._loop, daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *exc: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _loop(self) -> None:
+        while not self._stop.wait(_POLL_S):
+            try:
+                self._display.show(ray.get(self._control.snapshot.remote(), timeout=5))
+            except ray.exceptions.RayError:
+                continue  # the run itself will say what is wrong
+
+
+# -------------------------------------------------------------------------------- starting Ray
+
+
+def _start_ray(address: str | None) -> None:
+    debug = bool(os.environ.get("DATAENGINE_DEBUG"))
+    level = logging.INFO if debug else logging.ERROR
+    options: dict[str, Any] = {"logging_level": level, "log_to_driver": debug}
+    if address is None and not os.environ.get("RAY_ADDRESS"):
+        options["include_dashboard"] = False
+    elif address is not None:
+        options["address"] = address
+    logging.getLogger("ray").setLevel(level)
+    logging.getLogger("ray.data").setLevel(level)
+    try:
+        ray.init(**options)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        where = address or os.environ.get("RAY_ADDRESS") or "this machine"
+        raise EngineError(
+            f"Ray cannot be reached at {where}: {error}",
+            "check --address and RAY_ADDRESS; without both, Ray is started on this machine",
+        ) from None
+
+
+def _cluster_size() -> tuple[float, float]:
+    """Returns the cores and GPUs of the cluster."""
+    size = ray.cluster_resources()
+    return size.get("CPU", 0.0), size.get("GPU", 0.0)
+
+
+def _explain(error: BaseException) -> EngineError:
+    """Returns the error a user should see: the innermost one of ours, else Ray's own words."""
+    seen: list[BaseException] = []
+    queue: list[BaseException | None] = [error]
+    while queue:
+        current = queue.pop(0)
+        if current is None or current in seen:
+            continue
+        seen.append(current)
+        if isinstance(current, EngineError):
+            return current
+        queue += [getattr(current, "cause", None), current.__cause__, current.__context__]
+    return EngineError(
+        f"The run failed: {type(error).__name__}: {error}",
+        "what was committed is safe; run the same command again to go on",
+    )
