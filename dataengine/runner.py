@@ -17,6 +17,7 @@ import time
 import traceback
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 # Under `uv run` Ray would rebuild the driver's environment for every worker, and hang.
@@ -26,6 +27,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 import ray.data
+import ray.exceptions
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dataengine import records
 from dataengine.config import Pipeline
@@ -33,6 +36,7 @@ from dataengine.corpus import Corpus
 from dataengine.errors import ConfigError, EngineError
 from dataengine.flow import WORKER_CRASHED, StageError, apply_stage, item_id, settle, source_table
 from dataengine.progress import ProgressDisplay, Snapshot, StageCounts
+from dataengine.sources import Plan
 from dataengine.stage import Drop, Outcome, Resources, Row, Stage
 
 _WRITE_CPUS = 0.1
@@ -60,8 +64,7 @@ def execute(
     pipeline: Pipeline,
     corpus: Corpus,
     run_id: str,
-    todo: str,
-    num_videos: int,
+    plan: Plan,
     *,
     address: str | None,
     display: ProgressDisplay,
@@ -72,8 +75,7 @@ def execute(
         pipeline: What to run.
         corpus: Where to; ``run_id`` must be its current run.
         run_id: The run's name.
-        todo: Local Parquet file made by `sources.make_plan`.
-        num_videos: Rows of it.
+        plan: What is to do.
         address: Of a Ray cluster; None uses ``RAY_ADDRESS``, or starts Ray on this machine.
         display: Shows how it goes.
 
@@ -87,12 +89,10 @@ def execute(
     try:
         pools = plan_pools(pipeline.stages, *_cluster_size())
         # Pinned to the driver's node: it must live exactly as long as the run.
-        node = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
-            ray.get_runtime_context().get_node_id(), soft=False
-        )
-        control = _Control.options(scheduling_strategy=node).remote()
+        node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        control: Any = ray.remote(_Control).options(num_cpus=0, scheduling_strategy=node).remote()
         with _Poller(control, display):
-            for rows in _waves(todo, pipeline.runtime.videos_per_wave):
+            for rows in _waves(plan.todo, pipeline.runtime.videos_per_wave):
                 _run_wave(pipeline, corpus, run_id, rows, pools, control)
         return ray.get(control.snapshot.remote())
     except Exception as error:
@@ -164,7 +164,7 @@ def _together(needs: Sequence[Resources]) -> Resources:
     )
 
 
-def _waves(todo: str, size: int) -> Iterable[list[Row]]:
+def _waves(todo: Path, size: int) -> Iterable[list[Row]]:
     """Yields the todo list in pieces that a driver can remember."""
     with pq.ParquetFile(todo) as file:
         for batch in file.iter_batches(batch_size=size):
@@ -271,7 +271,7 @@ class _Room:
     def _guarded(self, stage: Stage, batch: list[Row]) -> list[Outcome]:
         """Processes a single item, unless it has killed its worker too often."""
         key = records.digest(stage.name, item_id(batch[0]))
-        crashes = ray.get(self._control.begin.remote(key))
+        crashes: int = ray.get(self._control.begin.remote(key))
         if crashes >= self._max_attempts:
             outcomes: list[Outcome] = [
                 Drop(WORKER_CRASHED, f"killed its worker {crashes} times", retryable=True)
@@ -288,7 +288,7 @@ def _call(stage: Stage, batch: list[Row]) -> list[Outcome]:
         return stage.process(batch)
     except EngineError:
         raise
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - whatever it is stops the run, with its place named
         names = ", ".join(item_id(row) for row in batch[:3])
         more = f" and {len(batch) - 3} more" if len(batch) > 3 else ""
         place = "".join(traceback.format_tb(error.__traceback__)[-3:])
@@ -313,7 +313,7 @@ class _CorpusSink(ray.data.Datasink):
         self._max_attempts = pipeline.runtime.max_attempts
         self._shards = pipeline.shards
 
-    def write(self, blocks: Iterable[Any], ctx: Any) -> None:  # noqa: ARG002
+    def write(self, blocks: Iterable[Any], ctx: Any) -> None:
         """Writes one shard; called in a task of its own, and again if that task dies."""
         settled = [settle(block, self._max_attempts) for block in blocks if block.num_rows]
         videos = sorted(
@@ -344,9 +344,8 @@ def _plain(clips: pa.Table) -> pa.Table:
 # --------------------------------------------------------------------------------------- control
 
 
-@ray.remote(num_cpus=0)
 class _Control:
-    """Remembers what is being worked on, to know who killed a worker, and counts what is done."""
+    """Actor that remembers what is being worked on, to know who killed a worker, and counts."""
 
     def __init__(self) -> None:
         self._begun: dict[str, int] = {}

@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: arguments in, one message out. The work is done elsewhere."""
+
+import os
+import shlex
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from dataengine import __version__
+from dataengine.errors import EngineError
+
+app = typer.Typer(
+    name="dataengine",
+    help="From a list of videos to a captioned, queryable, trainable video-text corpus.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+_LIVE = Console(stderr=True)
+"""Progress and messages; stdout is for data."""
+
+
+class OutputFormat(StrEnum):
+    """How rows are written."""
+
+    TABLE = "table"
+    CSV = "csv"
+    JSONL = "jsonl"
+    PARQUET = "parquet"
+
+
+CorpusArgument = Annotated[str, typer.Argument(help="Folder or URL of a corpus.")]
+
+
+@app.command()
+def ingest(
+    pipeline: Annotated[
+        Path, typer.Argument(help="Pipeline file, e.g. pipelines/quickstart.yaml.")
+    ],
+    sources: Annotated[
+        list[str],
+        typer.Option(
+            "--sources",
+            "-s",
+            help="Folder, file, glob, URL, youtube:ID or a .txt list of these; may be repeated.",
+        ),
+    ],
+    corpus: Annotated[str, typer.Option("--corpus", "-c", help="Where to; made if missing.")],
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster; default RAY_ADDRESS, else this machine.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Change a setting: stages.segment.num_frames=16."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N sources.")] = None,
+) -> None:
+    """Bring videos into a corpus. Run it again to go on, or to add what is new."""
+    from dataengine import funnel
+    from dataengine.config import load_pipeline
+    from dataengine.ingest import ingest as run_ingest
+
+    loaded = load_pipeline(pipeline, overrides or [])
+    result = run_ingest(loaded, sources, corpus, _LIVE, address=address, limit=limit)
+    _LIVE.print()
+    funnel.show(result.funnel, _LIVE)
+    _LIVE.print()
+    where = shlex.quote(corpus)
+    if result.run_id is None:
+        _LIVE.print("Nothing to do: every source has ended in this corpus before.")
+    else:
+        _LIVE.print(
+            f"{result.funnel.kept_clips:,} clips in {corpus} after {result.seconds:.0f} s.",
+            highlight=False,
+            soft_wrap=True,
+        )
+        report = Path(corpus) / "runs" / result.run_id / "report.html"
+        _LIVE.print(f"Report:  {report}", highlight=False, soft_wrap=True)
+    _LIVE.print(
+        f'Next:    dataengine query {where} "motion_score > 0.01" --limit 5\n'
+        f"         python -m training viclip_tiny --data {where}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+@app.command()
+def demo(
+    directory: Annotated[Path, typer.Argument(help="Folder for the videos and truth.json.")],
+    num_videos: Annotated[int, typer.Option(min=1, help="How many videos.")] = 24,
+    seed: Annotated[int, typer.Option(help="Another seed gives other videos.")] = 0,
+) -> None:
+    """Render procedural videos whose cuts, objects, sounds and speech are known."""
+    from dataengine.demo import render_demo
+
+    truth = render_demo(directory, num_videos=num_videos, seed=seed)
+    _LIVE.print(f"{num_videos} videos in {directory}, what is in them in {truth}", highlight=False)
+
+
+@app.command()
+def query(
+    corpus: CorpusArgument,
+    condition: Annotated[
+        str, typer.Argument(help="SQL condition on clips, or a whole SELECT over clips or videos.")
+    ] = "",
+    select: Annotated[str | None, typer.Option(help="Columns or expressions.")] = None,
+    order_by: Annotated[str | None, typer.Option(help="Default: video and time.")] = None,
+    limit: Annotated[int | None, typer.Option(min=0, help="At most so many rows.")] = None,
+    output_format: Annotated[OutputFormat, typer.Option("--format", "-f")] = OutputFormat.TABLE,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File instead of stdout.")
+    ] = None,
+) -> None:
+    """Look at clips with SQL over the catalog; media is never read."""
+    from dataengine.corpus import Corpus
+    from dataengine.query import sql
+
+    if output_format is OutputFormat.PARQUET and output is None:
+        raise EngineError("Parquet is not for a terminal", "name a file with --output")
+    statement = sql.select_statement(condition, select, order_by, limit)
+    with sql.connect(Corpus.open(corpus)) as db:
+        schema, batches = sql.run(db, statement)
+        if output_format is OutputFormat.TABLE:
+            _print_table(schema.names, (row for b in batches for row in b.to_pylist()), output)
+        elif output_format is OutputFormat.PARQUET and output is not None:
+            with open(output, "wb") as file:
+                sql.write_parquet(schema, batches, file)
+        else:
+            with _text_output(output) as file:
+                if output_format is OutputFormat.CSV:
+                    sql.write_csv(schema, batches, file)
+                else:
+                    sql.write_jsonl(batches, file)
+
+
+@app.command()
+def verify(
+    corpus: CorpusArgument,
+    decode: Annotated[bool, typer.Option(help="Also decode every clip and frame.")] = False,
+) -> None:
+    """Check that a corpus keeps its contract: nothing lost, nothing twice, media where it says."""
+    from dataengine.corpus import Corpus
+    from dataengine.query.verify import verify as run_verify
+
+    result = run_verify(Corpus.open(corpus), decode=decode)
+    for problem in result.problems:
+        typer.echo(problem)
+    _LIVE.print(
+        f"{result.num_clips:,} clips in {result.num_shards:,} shards, {result.num_videos:,} sources: "
+        + (f"{len(result.problems)} problems" if result.problems else "all in order"),
+        highlight=False,
+    )
+    raise typer.Exit(1 if result.problems else 0)
+
+
+@app.command()
+def report(
+    corpus: CorpusArgument,
+    run: Annotated[str | None, typer.Option(help="Default: the newest run.")] = None,
+) -> None:
+    """Write a run's report.html again."""
+    from dataengine.corpus import Corpus
+    from dataengine.report import write_report
+
+    _LIVE.print(write_report(Corpus.open(corpus), run), highlight=False, soft_wrap=True)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(__version__)
+
+
+def _print_table(names: list[str], rows: "object", output: Path | None) -> None:
+    """Prints rows as a table, on a terminal or into a file."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in names:
+        table.add_column(name, overflow="fold")
+    count = 0
+    for row in rows:  # type: ignore[attr-defined]
+        table.add_row(*(escape(_cell(value)) for value in row.values()))
+        count += 1
+    with _text_output(output) as file:
+        wide = not file.isatty()
+        Console(file=file, width=200 if wide else None).print(table)
+    _LIVE.print(f"{count:,} row{'s' * (count != 1)}", highlight=False)
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _text_output(output: Path | None):  # noqa: ANN202 - a file or a context that leaves stdout open
+    from contextlib import nullcontext
+
+    return open(output, "w", encoding="utf-8") if output else nullcontext(sys.stdout)
+
+
+def main() -> None:
+    """Runs the command line: one message and a hint for a user's mistake, never a traceback."""
+    # Ray would rebuild the environment of `uv run` for every worker, and hang.
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    try:
+        app()
+    except EngineError as error:
+        if os.environ.get("DATAENGINE_DEBUG"):
+            raise
+        _LIVE.print(f"error: {error.message}", markup=False, highlight=False, soft_wrap=True)
+        if error.hint:
+            _LIVE.print(f"\nhint: {error.hint}", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        sys.exit(0)
+    except KeyboardInterrupt:
+        _LIVE.print("interrupted; run the same command again to go on")
+        sys.exit(130)
