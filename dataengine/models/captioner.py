@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Frames -> captions of what is seen."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+
+from dataengine.stage import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class ClipFrames:
+    """Frames of one clip."""
+
+    frames: Sequence[np.ndarray]
+    """At least one, uint8 RGB HWC, all of one size, in time order."""
+    frame_ms: Sequence[int]
+    """When each is shown; any origin."""
+
+
+@dataclass(frozen=True, slots=True)
+class VideoCaptions:
+    """The captions of one clip at InternVid's two scales (section 3.2), and the one of both."""
+
+    coarse: str | None
+    """The middle frame."""
+    fine: tuple[str, ...]
+    """Frame by frame, in time order."""
+    caption: str | None
+    """The whole clip."""
+
+
+class Captioner(Protocol):
+    """Describes clips."""
+
+    model: str
+    revision: str
+    prompt_hash: str | None
+
+    def caption(self, clips: Sequence[ClipFrames]) -> list[VideoCaptions]:
+        """Returns the captions of each clip, in order."""
+        ...
+
+
+class SignalsVideoConfig(Settings):
+    """Sentences made of what is measured: colour, light, texture, movement; no model."""
+
+    kind: Literal["signals"] = "signals"
+    face_model: str = ""
+    """A YuNet face detector (ONNX file, run by OpenCV); empty says nothing of faces."""
+
+
+CaptionerConfig = SignalsVideoConfig
+"""The families of captioners; a second kind makes this a union on ``kind``."""
+
+
+def build_captioner(config: CaptionerConfig) -> Captioner:
+    """Returns the captioner that a config names."""
+    from dataengine.models.signals_video import SignalsVideoCaptioner
+
+    builders = {"signals": SignalsVideoCaptioner}
+    return builders[config.kind](config)

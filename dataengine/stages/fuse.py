@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Clip -> clip + fused captions, and the one that training reads.
+
+The five captions of InternVideo2 (App. B.2) are ``caption_video`` (V), ``caption_audio`` (A),
+``caption_speech`` (S), ``caption_av`` (AV) and ``caption_avs`` (AVS). ``caption`` is a copy of
+one of them: the video caption unless told otherwise, since that is what InternVid trains ViCLIP
+on, and a model that sees frames alone cannot learn what is only heard.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import pyarrow as pa
+
+from dataengine.models.fusion import Captions, FuserConfig, TemplateConfig, build_fuser
+from dataengine.stage import Kept, Outcome, Row, Stage, provenance
+
+
+class FuseStage(Stage):
+    """Writes ``caption_speech``, ``caption_av``, ``caption_avs`` and ``caption``."""
+
+    name = "fuse"
+    inputs = (
+        "caption_video", "caption_audio", "transcript", "transcript_en", "language", "provenance",
+    )  # fmt: skip
+    outputs = pa.schema(
+        [(name, pa.string()) for name in ("caption_speech", "caption_av", "caption_avs", "caption")]
+    )
+
+    class Config(Stage.Config):
+        """Settings of fusion."""
+
+        model: FuserConfig = TemplateConfig()
+        """Who joins the captions."""
+        caption: Literal["caption_video", "caption_av", "caption_avs"] = "caption_video"
+        """The column that ``caption``, which training reads, is a copy of."""
+
+    config: Config
+
+    def setup(self) -> None:
+        """Loads the fuser."""
+        self._fuser = build_fuser(self.config.model)
+
+    def process(self, batch: Sequence[Row]) -> list[Outcome]:
+        """Returns one Kept per row."""
+        fused = self._fuser.fuse([_captions(row) for row in batch])
+        outcomes: list[Outcome] = []
+        for row, captions in zip(batch, fused, strict=True):
+            columns: Row = {
+                "caption_speech": captions.speech,
+                "caption_av": captions.audio_video,
+                "caption_avs": captions.audio_video_speech,
+            }
+            wrote = [
+                provenance(name, self._fuser.model, self._fuser.revision, self._fuser.prompt_hash)
+                for name, text in columns.items()
+                if text
+            ]
+            chosen = self.config.caption
+            columns["caption"] = row.get(chosen) if chosen not in columns else columns[chosen]
+            wrote += [
+                entry | {"column": "caption"}
+                for entry in [*(row.get("provenance") or ()), *wrote]
+                if entry["column"] == chosen and columns["caption"]
+            ]
+            outcomes.append(Kept((columns | {"provenance": wrote},)))
+        return outcomes
+
+
+def _captions(row: Row) -> Captions:
+    """Returns a row's captions, with the transcript in English where it is known."""
+    english = row.get("transcript_en")
+    return Captions(
+        video=row.get("caption_video"),
+        audio=row.get("caption_audio"),
+        transcript=english or row.get("transcript"),
+        language="en" if english else row.get("language"),
+    )

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Clip -> clip + transcript: from the source's own subtitles, else from its sound.
+
+A subtitle cue belongs to the clip that holds the cue's middle, so to the one that holds most of
+it, and never to two; its times are trimmed to the clip. Where a source has subtitles in several
+languages, the original is the first one that is not English (subtitles in other people's
+languages are mostly translations from or into English, and a video with one foreign and one
+English track was, by this rule, spoken in the foreign one); with English alone, English is.
+
+Recognition runs only where enough of the clip sounds like speech: a recogniser that is given
+music or noise writes words all the same.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Literal
+
+import pyarrow as pa
+from pydantic import Field
+
+from dataengine.models.asr import (
+    PocketsphinxConfig,
+    Segment,
+    TranscriberConfig,
+    build_transcriber,
+)
+from dataengine.models.signals_audio import build_voice_detector, speech_ratio
+from dataengine.records import SEGMENT_STRUCT
+from dataengine.stage import Kept, Outcome, Row, Stage, provenance
+from dataengine.stages.caption_audio import clip_waveform
+
+SUBTITLE_STRUCT = pa.struct(
+    [
+        ("language", pa.string()),
+        ("start_ms", pa.int64()),
+        ("end_ms", pa.int64()),
+        ("text", pa.string()),
+    ]
+)
+"""One cue of a source's subtitles; the column ``_subtitles`` is a list of these, or null.
+
+Times are on the source video's clock; language is a BCP 47 tag or null; tracks may be mixed.
+"""
+
+_LONG_CODES = {
+    "eng": "en", "deu": "de", "ger": "de", "fra": "fr", "fre": "fr", "spa": "es", "ita": "it",
+    "por": "pt", "rus": "ru", "zho": "zh", "chi": "zh", "jpn": "ja", "kor": "ko", "ara": "ar",
+    "hin": "hi", "nld": "nl", "dut": "nl", "pol": "pl", "tur": "tr", "ukr": "uk", "vie": "vi",
+}  # fmt: skip
+_NOT_SPOKEN = re.compile(r"<[^<>]*>|\{[^{}]*\}|\[[^\]]*\]|\([^)]*\)|[♩-♯]")
+_UNKNOWN = "und"
+
+
+def base_language(tag: str | None) -> str:
+    """Returns a subtitle track's language as ISO 639-1 where there is one, ``und`` if unknown.
+
+    ``en-US``, ``EN`` and ``eng`` are all ``en``.
+    """
+    code = re.split(r"[-_.]", (tag or "").strip().lower())[0]
+    return _LONG_CODES.get(code, code) or _UNKNOWN
+
+
+def original_language(languages: Sequence[str]) -> str | None:
+    """Returns which of the subtitle languages (in listed order) is the one that is spoken."""
+    foreign = [language for language in languages if language != "en"]
+    return next(iter(foreign or languages), None)
+
+
+def spoken_text(text: str) -> str:
+    """Returns a cue without mark-up, sound descriptions (``[music]``, ``(laughs)``) and line breaks."""
+    return " ".join(_NOT_SPOKEN.sub(" ", text).split())
+
+
+def cut_cues(
+    cues: Sequence[Row] | None, language: str, start_ms: int, end_ms: int
+) -> list[Segment]:
+    """Returns a language's cues whose middle lies in [start_ms, end_ms), trimmed to it, in order.
+
+    Times stay on the source's clock. Cues without spoken text, or without length, are left out.
+    """
+    segments = []
+    for cue in cues or ():
+        if base_language(cue["language"]) != language or cue["end_ms"] <= cue["start_ms"]:
+            continue
+        text = spoken_text(cue["text"] or "")
+        if text and start_ms <= (cue["start_ms"] + cue["end_ms"]) // 2 < end_ms:
+            first, last = max(cue["start_ms"], start_ms), min(cue["end_ms"], end_ms)
+            segments.append(Segment(first, last, text))
+    return sorted(segments, key=lambda segment: (segment.start_ms, segment.end_ms))
+
+
+def subtitle_languages(cues: Sequence[Row] | None) -> list[str]:
+    """Returns the languages of a source's cues in the order in which they first appear."""
+    return list(dict.fromkeys(base_language(cue["language"]) for cue in cues or ()))
+
+
+def join_segments(segments: Sequence[Segment]) -> str | None:
+    """Returns the text of segments in one line, or None if there is none."""
+    return " ".join(segment.text for segment in segments) or None
+
+
+def on_source_clock(segments: Sequence[Segment], start_ms: int, end_ms: int) -> list[Segment]:
+    """Returns segments of a clip moved to the source's clock and trimmed to the clip."""
+    return [
+        Segment(
+            min(segment.start_ms + start_ms, end_ms),
+            min(segment.end_ms + start_ms, end_ms),
+            segment.text,
+        )
+        for segment in segments
+    ]
+
+
+class TranscribeStage(Stage):
+    """Writes ``transcript`` and ``transcript_segments``; null where nothing is said."""
+
+    name = "transcribe"
+    inputs = ("video", "has_audio", "start_ms", "end_ms", "_subtitles")
+    outputs = pa.schema(
+        [("transcript", pa.string()), ("transcript_segments", pa.list_(SEGMENT_STRUCT))]
+    )
+
+    class Config(Stage.Config):
+        """Settings of transcription."""
+
+        prefer: Literal["subtitles", "asr"] = "subtitles"
+        """What is tried first. A source with subtitles is then taken at their word: a clip in
+        which they say nothing has no transcript. With ``asr``, they serve where it hears nothing.
+        """
+        model: TranscriberConfig | None = PocketsphinxConfig()
+        """Who writes down speech; None takes subtitles alone."""
+        min_speech_ratio: float = Field(default=0.15, ge=0, le=1)
+        """Least share of the clip that sounds like speech for recognition to run; 0 runs always."""
+
+    config: Config
+
+    def setup(self) -> None:
+        """Loads the recogniser."""
+        self._transcriber = self._voice = None
+        if self.config.model is not None:
+            self._transcriber = build_transcriber(self.config.model)
+            self._voice = build_voice_detector()
+
+    def process(self, batch: Sequence[Row]) -> list[Outcome]:
+        """Returns one Kept per row."""
+        return [Kept((self._annotate(row),)) for row in batch]
+
+    def _annotate(self, row: Row) -> Row:
+        language = original_language(subtitle_languages(row.get("_subtitles")))
+        sources = [self._from_subtitles, self._from_sound]
+        if language is None:
+            sources = [self._from_sound]
+        elif self.config.prefer == "asr":
+            sources.reverse()
+        segments, author = [], None
+        for source in sources:
+            segments, author = source(row, language or _UNKNOWN)
+            if segments or source == self._from_subtitles:
+                break
+        wrote = [provenance(column, *author) for column in self.outputs.names if author]
+        return {
+            "transcript": join_segments(segments),
+            "transcript_segments": [
+                {"start_ms": s.start_ms, "end_ms": s.end_ms, "text": s.text} for s in segments
+            ]
+            or None,
+            "provenance": wrote,
+        }
+
+    def _from_subtitles(
+        self, row: Row, language: str
+    ) -> tuple[list[Segment], tuple[str, str] | None]:
+        cues = cut_cues(row["_subtitles"], language, row["start_ms"], row["end_ms"])
+        return cues, (f"subtitles:{language}", "")
+
+    def _from_sound(self, row: Row, language: str) -> tuple[list[Segment], tuple[str, str] | None]:
+        waveform = clip_waveform(row) if self._transcriber else None
+        if self._transcriber is None or self._voice is None or waveform is None:
+            return [], None
+        if self.config.min_speech_ratio > 0:
+            heard = speech_ratio(waveform, self._voice)
+            if heard < self.config.min_speech_ratio:
+                return [], None
+        segments = self._transcriber.transcribe(waveform)
+        segments = on_source_clock(segments, row["start_ms"], row["end_ms"])
+        return segments, (self._transcriber.model, self._transcriber.revision)
