@@ -76,7 +76,8 @@ def execute(
         corpus: Where to; ``run_id`` must be its current run.
         run_id: The run's name.
         plan: What is to do.
-        address: Of a Ray cluster; None uses ``RAY_ADDRESS``, or starts Ray on this machine.
+        address: Of a Ray cluster; None uses ``RAY_ADDRESS``, or starts Ray on this machine. A
+            process that is connected to Ray already stays as it is.
         display: Shows how it goes.
 
     Returns:
@@ -85,7 +86,9 @@ def execute(
     Raises:
         EngineError: If the cluster is too small, a model is missing or a stage fails.
     """
-    _start_ray(address)
+    ours = not ray.is_initialized()
+    if ours:
+        _start_ray(address)
     try:
         pools = plan_pools(pipeline.stages, *_cluster_size())
         # Pinned to the driver's node: it must live exactly as long as the run.
@@ -98,7 +101,8 @@ def execute(
     except Exception as error:
         raise _explain(error) from error
     finally:
-        ray.shutdown()
+        if ours:
+            ray.shutdown()
 
 
 # -------------------------------------------------------------------------------------- planning

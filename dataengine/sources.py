@@ -197,7 +197,7 @@ def make_plan(
         )
         _mark_duplicates(db)
         db.execute(
-            "copy (select source, source_version, file_bytes, duplicate_of from todo "
+            "copy (select source, source_version, file_bytes, attempts, duplicate_of from todo "
             "left join duplicates using (source) order by file_row_number) "
             f"to '{_quoted(todo)}' (format parquet)"
         )

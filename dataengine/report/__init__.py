@@ -67,7 +67,7 @@ def _load(corpus: Corpus, run_id: str, name: str) -> Any:
 def _pick(corpus: Corpus, run_id: str) -> list[dict[str, Any]]:
     """Returns catalog rows to show: from different videos while there are any, always the same."""
     with connect(corpus) as db:
-        cursor = db.execute(
+        cursor: Any = db.execute(
             "select clips.*, videos.source from clips join videos using (video_id) "
             "where run_id = ? and status = 'kept' order by "
             "row_number() over (partition by video_id order by md5(clip_id)), md5(clip_id) limit ?",

@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+import os
+
+import pyarrow.parquet as pq
+import pytest
+
+from dataengine import records
+from dataengine.corpus import Corpus, SupersededError, row_groups
+from dataengine.errors import CorpusError
+from dataengine.query.verify import verify
+from tests.helpers import MP4, clip_row, clips_table, ledger_row, small_corpus
+
+
+def test_a_committed_corpus_reads_back_and_verifies(tmp_path):
+    corpus = small_corpus(tmp_path / "c", num_videos=3, num_clips=2)
+    catalog = corpus.catalog()
+    assert catalog.num_rows == 6
+    assert catalog["clip_id"].to_pylist()[0].startswith("video")
+    row = catalog.to_pylist()[3]
+    media = corpus.read_clip(row, ["clip_id", "video"])
+    assert media["clip_id"] == row["clip_id"]
+    assert media["video"]["bytes"] == MP4
+    result = verify(corpus)
+    assert result.problems == []
+    assert (result.num_shards, result.num_clips, result.num_videos) == (3, 6, 3)
+
+
+def test_commit_sorts_rows_and_cuts_row_groups(tmp_path):
+    corpus = Corpus.create(str(tmp_path / "c"))
+    corpus.take_over("r-1")
+    rows = [clip_row(v, s, s + 500) for v in ("b", "a") for s in (1000, 0)]
+    ledger = [ledger_row(v, [r for r in rows if r["video_id"] == v]) for v in ("a", "b")]
+    shard = corpus.commit(
+        clips_table(rows), ledger, run_id="r-1", fingerprint="f", row_group_bytes=2000
+    )
+    catalog = corpus.catalog().to_pylist()
+    assert [row["clip_id"] for row in catalog] == [
+        "a_0_500",
+        "a_1000_1500",
+        "b_0_500",
+        "b_1000_1500",
+    ]
+    assert [(row["row_group"], row["row"]) for row in catalog] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    with corpus.open_shard(str(shard)) as file:
+        column = file.metadata.row_group(0).column(
+            next(
+                c
+                for c in range(file.metadata.num_columns)
+                if file.metadata.row_group(0).column(c).path_in_schema == "video.bytes"
+            )
+        )
+        assert column.compression == "UNCOMPRESSED"
+        assert not column.has_dictionary_page
+        assert b"huggingface" in file.schema_arrow.metadata
+    assert verify(corpus).problems == []
+
+
+def test_the_shard_name_depends_on_videos_and_pipeline_only(tmp_path):
+    names = set()
+    for folder, fingerprint in (("x", "f"), ("y", "f"), ("z", "g")):
+        corpus = Corpus.create(str(tmp_path / folder))
+        corpus.take_over("r-1")
+        rows = [clip_row("a", 0, 500)]
+        args = {"run_id": "r-1", "fingerprint": fingerprint}
+        names.add(corpus.commit(clips_table(rows), [ledger_row("a", rows)], **args))
+    assert len(names) == 2
+
+
+STEPS = ("shards/", "videos/", "catalog/")
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_commit_cut_short_leaves_no_trace_once_repeated(tmp_path, monkeypatch, step, when):
+    """Kills the commit before and after each file it publishes, then does what a new run does."""
+    corpus = small_corpus(tmp_path / "c", num_videos=2)
+    rows = [clip_row("late", 0, 700)]
+    publish = Corpus.publish
+
+    def killed(self, name, write):
+        if when == "after":
+            publish(self, name, write)
+        if name.startswith(step):
+            raise KeyboardInterrupt
+        if when == "before":
+            publish(self, name, write)
+
+    monkeypatch.setattr(Corpus, "publish", killed)
+    with pytest.raises(KeyboardInterrupt):
+        corpus.commit(clips_table(rows), [ledger_row("late", rows)], run_id="r-1", fingerprint="f")
+    monkeypatch.undo()
+
+    committed = step == "catalog/" and when == "after"
+    assert corpus.catalog().num_rows == 4 + committed
+    assert corpus.videos().num_rows == 2 + committed, "a videos part counts only with its shard"
+    corpus.take_over("r-2")
+    corpus.sweep()
+    assert set(corpus.names("shards")) == set(corpus.names("catalog"))
+    assert len(corpus.names("videos")) == len(corpus.video_parts())
+    if not committed:
+        corpus.commit(clips_table(rows), [ledger_row("late", rows)], run_id="r-2", fingerprint="f")
+    assert corpus.catalog().num_rows == 5
+    assert verify(corpus).problems == []
+
+
+def test_temporary_files_are_never_seen_and_are_swept(tmp_path):
+    corpus = small_corpus(tmp_path / "c", num_videos=1)
+    for folder in ("shards", "videos", "catalog"):
+        (tmp_path / "c" / folder / ".x.parquet.123.tmp").write_bytes(b"half")
+    assert len(corpus.names("catalog")) == 1
+    assert corpus.sweep() == 3
+    assert not [
+        name for _, _, files in os.walk(tmp_path) for name in files if name.endswith(".tmp")
+    ]
+
+
+def test_a_superseded_run_commits_nothing(tmp_path):
+    corpus = small_corpus(tmp_path / "c", num_videos=1, run_id="r-1")
+    corpus.take_over("r-2")
+    rows = [clip_row("late", 0, 700)]
+    with pytest.raises(SupersededError, match="superseded by run r-2"):
+        corpus.commit(clips_table(rows), [ledger_row("late", rows)], run_id="r-1", fingerprint="f")
+    assert corpus.catalog().num_rows == 2
+    assert corpus.names("shards") == corpus.names("catalog")
+
+
+def test_a_run_superseded_while_writing_the_shard_does_not_commit(tmp_path, monkeypatch):
+    corpus = small_corpus(tmp_path / "c", num_videos=1, run_id="r-1")
+    publish = Corpus.publish
+
+    def slow(self, name, write):
+        publish(self, name, write)
+        if name.startswith("shards/"):
+            self.take_over("r-2")
+
+    monkeypatch.setattr(Corpus, "publish", slow)
+    rows = [clip_row("late", 0, 700)]
+    with pytest.raises(SupersededError):
+        corpus.commit(clips_table(rows), [ledger_row("late", rows)], run_id="r-1", fingerprint="f")
+    monkeypatch.undo()
+    assert corpus.catalog().num_rows == 2
+
+
+def test_dropped_videos_are_committed_without_a_shard(tmp_path):
+    corpus = small_corpus(tmp_path / "c", num_videos=1)
+    none = records.CLIP_SCHEMA.empty_table()
+    corpus.commit(none, [ledger_row("bad", [])], run_id="r-1", fingerprint="f")
+    assert corpus.sweep() == 0
+    statuses = dict(
+        zip(*(corpus.videos()[c].to_pylist() for c in ("video_id", "status")), strict=True)
+    )
+    assert statuses == {"video0": "kept", "bad": "dropped"}
+    assert verify(corpus).problems == []
+
+
+def test_the_newest_ledger_row_of_a_source_counts(tmp_path):
+    corpus = small_corpus(tmp_path / "c", num_videos=1)
+    none = records.CLIP_SCHEMA.empty_table()
+    for run, time_ms, status in (("r-2", 5, "failed"), ("r-3", 9, "dropped"), ("r-4", 7, "failed")):
+        corpus.take_over(run)
+        row = ledger_row("bad", [], status=status, finished_ms=time_ms)
+        corpus.commit(none, [row], run_id=run, fingerprint="f")
+    rows = corpus.videos(["video_id", "status"]).to_pylist()
+    assert {"video_id": "bad", "status": "dropped"} in rows
+    assert len(rows) == 2
+
+
+def _break_twin(corpus, change):
+    name = corpus.names("catalog")[0]
+    path = corpus.path("catalog", f"{name}.parquet")
+    rows = pq.read_table(path).to_pylist()
+    change(rows)
+    import pyarrow as pa
+
+    pq.write_table(pa.Table.from_pylist(rows, schema=records.CATALOG_SCHEMA), path)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda rows: rows.append(rows[0]), "is there 2 times"),
+        (lambda rows: rows.pop(), "the catalog twin has 1"),
+        (lambda rows: rows[0].update(caption="other"), "differs in caption"),
+        (lambda rows: rows[0].update(row_group=7), "differs in row_group"),
+        (lambda rows: rows[0].update(end_ms=0), "span [0, 0)"),
+        (lambda rows: rows[0].update(end_ms=1500), "overlaps"),
+        (lambda rows: rows[0].update(clip_id="x"), "does not match its video"),
+        (lambda rows: rows[0].update(clip_score=2.0), "outside [-1, 1]"),
+        (lambda rows: [r.update(video_id="stranger") for r in rows], "not kept in the ledger"),
+    ],
+)
+def test_verify_finds_what_is_wrong(tmp_path, change, said):
+    corpus = small_corpus(tmp_path / "c", num_videos=2)
+    _break_twin(corpus, change)
+    assert said in "\n".join(verify(corpus).problems)
+
+
+def test_verify_finds_a_missing_shard_and_a_video_in_two_shards(tmp_path):
+    corpus = small_corpus(tmp_path / "c", num_videos=2)
+    rows = [clip_row("video0", 8000, 9000)]
+    corpus.commit(clips_table(rows), [], run_id="r-1", fingerprint="g")
+    os.unlink(corpus.path("shards", corpus.names("catalog")[0] + ".parquet"))
+    text = "\n".join(verify(corpus).problems)
+    assert "lies in 2 shards" in text
+    assert "its file is missing" in text
+
+
+def test_opening_what_is_no_corpus_says_so(tmp_path):
+    with pytest.raises(CorpusError, match="Not a corpus"):
+        Corpus.open(str(tmp_path))
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(CorpusError, match="not empty"):
+        Corpus.create(str(tmp_path))
+    (tmp_path / "corpus.json").write_text(json.dumps({"format_version": 99}))
+    with pytest.raises(CorpusError, match="newer"):
+        Corpus.open(str(tmp_path))
+
+
+@pytest.mark.parametrize("sizes", [[], [5], [100], [1] * 10, [4, 4, 4], [100, 1, 100], [0, 0, 0]])
+@pytest.mark.parametrize("limit", [1, 4, 10])
+def test_row_groups_cover_every_row_once_and_close_at_the_limit(sizes, limit):
+    groups = list(row_groups(sizes, limit))
+    assert [i for start, stop in groups for i in range(start, stop)] == list(range(len(sizes)))
+    for start, stop in groups[:-1]:
+        assert sum(sizes[start:stop]) >= limit
+    for start, stop in groups:
+        assert sum(sizes[start : stop - 1]) < limit
