@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the commands of this package share: logging to stderr, errors as a message and a hint."""
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+
+from dataengine.errors import EngineError
+
+
+def say(line: str = "") -> None:
+    """Writes a line of the answer to stdout."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def is_main_process() -> bool:
+    """Returns whether this is torchrun's first process, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def set_up_logging() -> None:
+    """Sends log lines to stderr: progress from the first process, warnings from all."""
+    logging.basicConfig(
+        format="%(asctime)s %(message)s",
+        datefmt="%H:%M:%S",
+        stream=sys.stderr,
+        level=logging.INFO if is_main_process() else logging.WARNING,
+    )
+
+
+def run_command(command: Callable[[], None]) -> int:
+    """Runs a command and returns its exit code; a user's mistake is told without a traceback."""
+    set_up_logging()
+    try:
+        command()
+    except EngineError as error:
+        if os.environ.get("DATAENGINE_DEBUG"):
+            raise
+        # A mistake in the recipe is every process' own; one voice is enough.
+        if is_main_process() or error.exit_code != 2:
+            sys.stderr.write(error.message + "\n")
+            if error.hint:
+                sys.stderr.write(f"\nhint: {error.hint}\n")
+        return error.exit_code
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped; the same command goes on from the last checkpoint\n")
+        return 130
+    return 0
