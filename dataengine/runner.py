@@ -33,7 +33,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from dataengine import records
 from dataengine.config import Pipeline
 from dataengine.corpus import Corpus
-from dataengine.errors import ConfigError, EngineError
+from dataengine.errors import ConfigError, DependencyError, EngineError
 from dataengine.flow import WORKER_CRASHED, StageError, apply_stage, item_id, settle, source_table
 from dataengine.progress import ProgressDisplay, Snapshot, StageCounts
 from dataengine.sources import Plan
@@ -89,17 +89,19 @@ def execute(
     ours = not ray.is_initialized()
     if ours:
         _start_ray(address)
+    control: Any = None
     try:
         pools = plan_pools(pipeline.stages, *_cluster_size())
         # Pinned to the driver's node: it must live exactly as long as the run.
         node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        control: Any = ray.remote(_Control).options(num_cpus=0, scheduling_strategy=node).remote()
+        control = ray.remote(_Control).options(num_cpus=0, scheduling_strategy=node).remote()
         with _Poller(control, display):
             for rows in _waves(plan.todo, pipeline.runtime.videos_per_wave):
                 _run_wave(pipeline, corpus, run_id, rows, pools, control)
         return ray.get(control.snapshot.remote())
     except Exception as error:
-        raise _explain(error) from error
+        failure = ray.get(control.failure.remote()) if control else None
+        raise failure or _explain(error) from error
     finally:
         if ours:
             ray.shutdown()
@@ -230,7 +232,12 @@ class _Room:
         for cls, config in stages:
             start = time.perf_counter()
             stage = cls(config)
-            stage.setup()
+            try:
+                stage.setup()
+            except Exception as error:
+                # Ray reports a dead actor as text; the error itself travels through the control.
+                ray.get(control.fail.remote(_setup_error(cls, error)))
+                raise
             seconds = time.perf_counter() - start
             control.report.remote(cls.name, StageCounts(setup_s=seconds), 0)
             self._stages.append(stage)
@@ -302,6 +309,16 @@ def _call(stage: Stage, batch: list[Row]) -> list[Outcome]:
         ) from None
 
 
+def _setup_error(cls: type[Stage], error: Exception) -> EngineError:
+    """Returns what to tell the user when a stage cannot start."""
+    if isinstance(error, EngineError):
+        return error
+    return DependencyError(
+        f"Stage {cls.name} cannot start: {type(error).__name__}: {error}",
+        f"check the settings of stages.{cls.name}",
+    )
+
+
 def _sources(table: pa.Table) -> set[str]:
     """Returns the distinct sources in a table."""
     return {video["source"] for video in table["_video"].to_pylist()}
@@ -353,6 +370,7 @@ class _Control:
 
     def __init__(self) -> None:
         self._begun: dict[str, int] = {}
+        self._failure: EngineError | None = None
         self._snapshot = Snapshot(stages={})
 
     def begin(self, key: str) -> int:
@@ -372,6 +390,12 @@ class _Control:
 
     def snapshot(self) -> Snapshot:
         return self._snapshot
+
+    def fail(self, error: EngineError) -> None:
+        self._failure = self._failure or error
+
+    def failure(self) -> EngineError | None:
+        return self._failure
 
 
 class _Poller:
