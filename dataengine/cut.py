@@ -1,0 +1,328 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cutting a clip out of a video, exact to the frame, without encoding it again where possible.
+
+A stream copy has to begin at a key frame. Everything before the wanted frame is kept in the file but
+hidden by an MP4 edit list; the same list hides the frames after the end that B-frames depend on or
+that ffmpeg copied too many of. PyAV, OpenCV, ffmpeg and torchcodec's exact mode honour it.
+
+ffmpeg copies the packets; its edit lists are then replaced, because they begin a few milliseconds
+early, say nothing about the end, and are rounded to milliseconds. What is visible afterwards is
+compared with the times of the frames that were asked for. A clip that cannot be copied, or does not
+come out exactly, is encoded.
+"""
+
+import os
+import struct
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from itertools import pairwise
+from typing import Literal
+
+import ffmpeg
+import imageio_ffmpeg
+
+from dataengine import media
+from dataengine.errors import MediaError
+
+COPIED_VIDEO = frozenset({"h264", "hevc", "av1", "vp9", "mpeg4"})
+"""Codecs that MP4 carries, and that players find there."""
+COPIED_AUDIO = frozenset({"aac", "mp3", "ac3", "eac3", "opus"})
+MOVIE_TIMESCALE = 90_000
+"""Ticks per second of edit lists: fine enough to fall between any two frames."""
+EARLY_US = 4_000
+"""How long before the first frame ffmpeg is told to start, so that rounding cannot lose it."""
+TOLERANCE_US = 1_000
+"""A container that counts in milliseconds moves frames by up to half of one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A clip as a file.
+
+    ``mode`` is ``copy`` or ``encode``; ``why`` says why it was encoded. The sizes are as displayed.
+    """
+
+    data: bytes
+    mode: Literal["copy", "encode"]
+    why: str
+    width: int
+    height: int
+    has_audio: bool
+
+
+class InexactCutError(Exception):
+    """The clip does not show the frames it should."""
+
+
+def cut(
+    path: str,
+    info: media.MediaInfo,
+    frame_us: Sequence[int],
+    max_short_side: int = 720,
+    timeout_s: float = 600.0,
+) -> Cut:
+    """Returns the clip that shows exactly the given frames, and the sound beside them.
+
+    Args:
+        path: A local file.
+        info: What `media.probe` says of it.
+        frame_us: Times of all frames of the clip, ascending, then the time at which it ends.
+        max_short_side: Pictures with a longer short side are shrunk to it.
+        timeout_s: Limit for each run of ffmpeg.
+
+    Raises:
+        MediaError: ``cut_failed`` if not even encoding gives the frames; ``cut_timeout``.
+    """
+    why = _needs_encoding(info, max_short_side)
+    if not why:
+        try:
+            return _attempt(path, info, frame_us, None, timeout_s)
+        except InexactCutError as error:
+            why = str(error)
+    width, height = media.scaled_size(info.width, info.height, max_short_side)
+    size = max(width // 2 * 2, 2), max(height // 2 * 2, 2)  # yuv420p needs even sides
+    try:
+        return replace(_attempt(path, info, frame_us, size, timeout_s), mode="encode", why=why)
+    except InexactCutError as error:
+        raise MediaError("cut_failed", str(error)) from error
+
+
+def _needs_encoding(info: media.MediaInfo, max_short_side: int) -> str:
+    """Returns why a video cannot be copied; empty if it can."""
+    if info.video_codec not in COPIED_VIDEO:
+        return f"{info.video_codec} does not fit into MP4"
+    if min(info.width, info.height) > max_short_side:
+        return f"{info.width}x{info.height} is larger than {max_short_side}p"
+    return ""
+
+
+def _attempt(
+    path: str,
+    info: media.MediaInfo,
+    frame_us: Sequence[int],
+    size: tuple[int, int] | None,
+    timeout_s: float,
+) -> Cut:
+    """Returns the clip, copied or encoded at ``size``, if it comes out exactly.
+
+    Raises:
+        InexactCutError: If ffmpeg fails, or other frames are visible than asked for.
+    """
+    data = bytearray(_run_ffmpeg(path, info, frame_us, size, timeout_s))
+    before = media.read_timeline(bytes(data))
+    if not before.video_us:
+        raise InexactCutError("no frame came out")
+    zero = Fraction(before.video_us[0], 1_000_000)
+    length = Fraction(frame_us[-1] - frame_us[0], 1_000_000)
+    has_audio = before.audio_us is not None and before.audio_us < (zero + length) * 1_000_000
+    set_edits(data, zero, length)
+    after = media.read_timeline(bytes(data))
+    wanted = [time_us - frame_us[0] for time_us in frame_us[:-1]]
+    if len(after.video_us) != len(wanted):
+        raise InexactCutError(f"{len(after.video_us)} frames instead of {len(wanted)}")
+    worst = max(abs(a - b) for a, b in zip(after.video_us, wanted, strict=True))
+    if worst > TOLERANCE_US:
+        raise InexactCutError(f"a frame is off by {worst / 1000:.1f} ms")
+    width, height = size or (info.width, info.height)
+    return Cut(bytes(data), "copy", "", width, height, has_audio)
+
+
+def _run_ffmpeg(
+    path: str,
+    info: media.MediaInfo,
+    frame_us: Sequence[int],
+    size: tuple[int, int] | None,
+    timeout_s: float,
+) -> bytes:
+    """Returns an MP4 that holds at least the wanted frames; its edit list is still ffmpeg's."""
+    gap_us = min(b - a for a, b in pairwise(frame_us))
+    early_us = min(EARLY_US, gap_us // 2)
+    start_us, end_us = frame_us[0] - early_us, frame_us[-1] - early_us
+    options: dict[str, object] = {"to": f"{end_us}us", "threads": 1, **media.OPEN_OPTIONS}
+    if start_us > 0:
+        options["ss"] = f"{start_us}us"
+    source = ffmpeg.input(f"file:{path}", **options)
+    streams = [source[str(info.video_stream)]]
+    if info.audio_stream is not None:
+        streams.append(source[str(info.audio_stream)])
+    audio = "copy" if info.audio_codec in COPIED_AUDIO else "aac"
+    target: dict[str, object] = {
+        "f": "mp4",
+        "c:a": audio,
+        "movflags": "+faststart",
+        "movie_timescale": MOVIE_TIMESCALE,
+        # Nothing personal (place, device, names), and the same bytes every time.
+        "map_metadata": -1,
+        "map_chapters": -1,
+        "fflags": "+bitexact",
+        "flags:v": "+bitexact",
+        "flags:a": "+bitexact",
+        "threads": 1,
+    }
+    if size is None:
+        target["c:v"] = "copy"
+        if info.video_codec == "hevc":
+            target["tag:v"] = "hvc1"  # what Apple's players look for
+    else:
+        target |= {
+            "c:v": "libx264",
+            "crf": 20,
+            "preset": "veryfast",
+            "pix_fmt": "yuv420p",
+            "g": 48,
+            "vf": f"scale={size[0]}:{size[1]},setsar=1",
+            "fps_mode": "passthrough",
+            "enc_time_base": "demux",
+        }
+    with tempfile.TemporaryDirectory(prefix="dataengine-") as folder:
+        out = os.path.join(folder, "clip.mp4")
+        command = ffmpeg.compile(
+            ffmpeg.output(*streams, out, **target).global_args("-nostdin", "-v", "error"),
+            cmd=imageio_ffmpeg.get_ffmpeg_exe(),
+            overwrite_output=True,
+        )
+        try:
+            done = subprocess.run(command, capture_output=True, timeout=timeout_s, check=False)
+        except subprocess.TimeoutExpired as error:
+            raise MediaError("cut_timeout", f"over {timeout_s:g} s") from error
+        if done.returncode != 0:
+            lines = done.stderr.decode(errors="replace").strip().splitlines()
+            raise InexactCutError(lines[-1] if lines else f"ffmpeg ended with {done.returncode}")
+        with open(out, "rb") as file:
+            return file.read()
+
+
+# -------------------------------------------------------------------------------- MP4 edit lists
+
+
+def set_edits(data: bytearray, zero: Fraction, length: Fraction) -> None:
+    """Rewrites an MP4's edit lists, in place, so that it shows ``[zero, zero + length)``.
+
+    Every track keeps its place on the common clock; what was at ``zero`` seconds comes to 0.
+
+    Args:
+        data: An MP4 whose ``moov`` is not compressed; sizes and offsets stay as they are.
+        zero: New start, in seconds of the present presentation time.
+        length: New duration in seconds; tracks that end earlier stay shorter.
+
+    Source: ISO/IEC 14496-12, 8.6.5 and 8.6.6.
+    """
+    moov = _box(data, (0, len(data)), "moov")
+    mvhd = _box(data, moov, "mvhd")
+    movie_scale = _timescale(data, mvhd)
+    longest = 0
+    for name, start, end in _boxes(data, moov):
+        if name != "trak":
+            continue
+        trak = start, end
+        mdhd = _box(data, _box(data, trak, "mdia"), "mdhd")
+        media_scale, media_length = _timescale(data, mdhd), _duration(data, mdhd)
+        elst = _box(data, _box(data, trak, "edts"), "elst")
+        delay, media_start = _read_edits(data, elst, movie_scale)
+        delay -= zero
+        if delay < 0:  # the track begins before the clip does
+            media_start += round(-delay * media_scale)
+            delay = Fraction(0)
+        shown = max(length - delay, Fraction(0))
+        hdlr = _box(data, _box(data, trak, "mdia"), "hdlr")
+        if data[hdlr[0] + 8 : hdlr[0] + 12] == b"soun":
+            # Sound may end before the picture. (Not so for video, whose media length leaves out
+            # the delay that B-frames bring.)
+            rest = Fraction(media_length - media_start, media_scale)
+            shown = max(min(shown, rest), Fraction(0))
+        edits = [(round(shown * movie_scale), media_start)]
+        if round(delay * movie_scale):
+            edits.insert(0, (round(delay * movie_scale), -1))
+        _write_edits(data, elst, edits)
+        total = sum(duration for duration, _ in edits)
+        _write_duration(data, _box(data, trak, "tkhd"), total, 20)
+        longest = max(longest, total)
+    _write_duration(data, mvhd, longest, 16)
+
+
+_Span = tuple[int, int]
+"""Start and end of a box's content in the file."""
+
+
+def _boxes(data: bytearray, span: _Span) -> Iterator[tuple[str, int, int]]:
+    """Yields (type, start, end) of the boxes in a span; start is behind the box's header."""
+    position, stop = span
+    while position + 8 <= stop:
+        size, kind = struct.unpack_from(">I4s", data, position)
+        header = 8
+        if size == 1:
+            (size,) = struct.unpack_from(">Q", data, position + 8)
+            header = 16
+        elif size == 0:
+            size = stop - position
+        yield kind.decode("latin-1"), position + header, position + size
+        position += max(size, header)
+
+
+def _box(data: bytearray, span: _Span, name: str) -> _Span:
+    """Returns the content of the first box of a type.
+
+    Raises:
+        InexactCutError: If there is none: a file that ffmpeg should not have written.
+    """
+    for kind, start, end in _boxes(data, span):
+        if kind == name:
+            return start, end
+    raise InexactCutError(f"no {name} box")
+
+
+def _timescale(data: bytearray, span: _Span) -> int:
+    """Returns the timescale of an mvhd or mdhd box."""
+    return struct.unpack_from(">I", data, span[0] + (20 if data[span[0]] else 12))[0]
+
+
+def _duration(data: bytearray, span: _Span) -> int:
+    """Returns the duration of an mdhd box."""
+    wide = data[span[0]]
+    return struct.unpack_from(">Q" if wide else ">I", data, span[0] + (24 if wide else 16))[0]
+
+
+def _write_duration(data: bytearray, span: _Span, value: int, offset: int) -> None:
+    """Writes the duration of a tkhd or mvhd box.
+
+    Args:
+        data: The file.
+        span: The box's content.
+        value: In ticks of the movie.
+        offset: Where the duration stands in version 0; version 1 has two 64-bit times before it.
+    """
+    if data[span[0]]:
+        struct.pack_into(">Q", data, span[0] + offset + 8, value)
+    else:
+        struct.pack_into(">I", data, span[0] + offset, value)
+
+
+def _read_edits(data: bytearray, span: _Span, movie_scale: int) -> tuple[Fraction, int]:
+    """Returns a track's delay in seconds and the media time that is shown first."""
+    form, size = (">Qqhh", 20) if data[span[0]] else (">Iihh", 12)
+    (count,) = struct.unpack_from(">I", data, span[0] + 4)
+    delay = Fraction(0)
+    for i in range(count):
+        duration, media_time, _, _ = struct.unpack_from(form, data, span[0] + 8 + i * size)
+        if media_time >= 0:
+            return delay, media_time
+        delay += Fraction(duration, movie_scale)
+    return delay, 0
+
+
+def _write_edits(data: bytearray, span: _Span, edits: Sequence[tuple[int, int]]) -> None:
+    """Writes a track's edit list over the old one; what is left over becomes a ``free`` box."""
+    start, end = span
+    form, size = (">Qqhh", 20) if data[start] else (">Iihh", 12)
+    used = start + 8 + len(edits) * size
+    if used > end:
+        raise InexactCutError("no room for the edit list")
+    struct.pack_into(">I", data, start + 4, len(edits))
+    for i, (duration, media_time) in enumerate(edits):
+        struct.pack_into(form, data, start + 8 + i * size, duration, media_time, 1, 0)
+    if used < end:
+        struct.pack_into(">I", data, start - 8, used - (start - 8))
+        data[used:end] = struct.pack(">I4s", end - used, b"free") + bytes(end - used - 8)
