@@ -18,7 +18,7 @@ from dataengine.stages import STAGES
 
 SettingsT = TypeVar("SettingsT", bound=Settings)
 
-SOURCE_COLUMNS = ("_video", "_duplicate_of")
+SOURCE_COLUMNS = ("_video", "_duplicate_of", "provenance")
 """What the source list gives to the first stage."""
 
 

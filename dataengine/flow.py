@@ -42,6 +42,7 @@ def source_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
         {
             "_video": pa.array(videos, VIDEO_STRUCT),
             "_duplicate_of": pa.array([row["duplicate_of"] for row in rows], pa.string()),
+            "provenance": pa.nulls(len(rows), PROVENANCE_LIST),
             "_drop": pa.nulls(len(rows), records.DROP_STRUCT),
         }
     )
@@ -168,17 +169,14 @@ def _merge_provenance(table: pa.Table, rows: Sequence[Mapping[str, Any]]) -> pa.
     """Returns the table with the rows' provenance entries replacing those of the same columns."""
     if not any("provenance" in row for row in rows):
         return table
-    exists = "provenance" in table.column_names
-    old = table["provenance"].to_pylist() if exists else [None] * len(rows)
+    old = table["provenance"].to_pylist()
     merged = []
     for row, before in zip(rows, old, strict=True):
         new = row.get("provenance") or []
         columns = {entry["column"] for entry in new}
         merged.append([e for e in before or [] if e["column"] not in columns] + list(new))
     column = pa.array(merged, PROVENANCE_LIST)
-    if exists:
-        return table.set_column(table.column_names.index("provenance"), "provenance", column)
-    return table.append_column("provenance", column)
+    return table.set_column(table.column_names.index("provenance"), "provenance", column)
 
 
 # ------------------------------------------------------------------------------------ settling

@@ -23,6 +23,7 @@ from dataengine.config import Pipeline
 from dataengine.corpus import Corpus
 from dataengine.errors import ConfigError, CorpusError
 from dataengine.progress import ProgressDisplay, Snapshot
+from dataengine.report import write_report
 from dataengine.sources import Plan, make_plan
 
 
@@ -90,6 +91,7 @@ def ingest(
         result = funnel.measure(parts, plan.listed, plan.num_listed)
         seconds = time.time() - start
         _finish_record(corpus, run_id, record, result, snapshot, seconds)
+        write_report(corpus, run_id)
     return RunResult(run_id, result, seconds)
 
 

@@ -17,6 +17,7 @@ import time
 import traceback
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ def execute(
                 _run_wave(pipeline, corpus, run_id, rows, pools, control)
         return ray.get(control.snapshot.remote())
     except Exception as error:
-        failure = ray.get(control.failure.remote()) if control else None
+        failure: Any = ray.get(control.failure.remote()) if control else None
         raise failure or _explain(error) from error
     finally:
         if ours:
@@ -228,7 +229,8 @@ class _Room:
         self._control = control
         self._max_attempts = max_attempts
         self._is_last = is_last
-        self._stages = []
+        self._last_source: str | None = None
+        self._stages: list[Stage] = []
         for cls, config in stages:
             start = time.perf_counter()
             stage = cls(config)
@@ -257,9 +259,17 @@ class _Room:
                 busy_s=time.perf_counter() - start,
             )
             is_end = self._is_last and stage is self._stages[-1]
-            videos = len(_sources(table)) if is_end else 0
-            self._control.report.remote(stage.name, counts, videos)
+            self._control.report.remote(
+                stage.name, counts, self._new_videos(table) if is_end else 0
+            )
         return table
+
+    def _new_videos(self, table: pa.Table) -> int:
+        """Returns how many videos begin in a table; one may have begun in the batch before."""
+        sources = [video["source"] for video in table["_video"].to_pylist()]
+        begun = sum(a != b for a, b in pairwise([self._last_source, *sources]))
+        self._last_source = sources[-1] if sources else self._last_source
+        return begun
 
     def _process(self, stage: Stage, rows: list[Row]) -> list[Outcome]:
         """Runs a stage batch by batch, and item by item where a batch has killed a worker."""
@@ -317,11 +327,6 @@ def _setup_error(cls: type[Stage], error: Exception) -> EngineError:
         f"Stage {cls.name} cannot start: {type(error).__name__}: {error}",
         f"check the settings of stages.{cls.name}",
     )
-
-
-def _sources(table: pa.Table) -> set[str]:
-    """Returns the distinct sources in a table."""
-    return {video["source"] for video in table["_video"].to_pylist()}
 
 
 class _CorpusSink(ray.data.Datasink):

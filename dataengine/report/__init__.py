@@ -73,7 +73,7 @@ def _pick(corpus: Corpus, run_id: str) -> list[dict[str, Any]]:
             "row_number() over (partition by video_id order by md5(clip_id)), md5(clip_id) limit ?",
             [run_id, NUM_CLIPS],
         )
-        return cursor.to_arrow_table().to_pylist()
+        return cursor.fetch_arrow_table().to_pylist()
 
 
 def _card(corpus: Corpus, row: dict[str, Any]) -> dict[str, Any]:
