@@ -60,6 +60,16 @@ FuserConfig = TemplateConfig
 """The families of fusion; a second kind makes this a union on ``kind``."""
 
 
+_LANGUAGES = {
+    "ar": "Arabic", "cs": "Czech", "da": "Danish", "de": "German", "el": "Greek", "es": "Spanish",
+    "fa": "Persian", "fi": "Finnish", "fr": "French", "he": "Hebrew", "hi": "Hindi",
+    "hu": "Hungarian", "id": "Indonesian", "it": "Italian", "ja": "Japanese", "ko": "Korean",
+    "nl": "Dutch", "no": "Norwegian", "pl": "Polish", "pt": "Portuguese", "ro": "Romanian",
+    "ru": "Russian", "sv": "Swedish", "th": "Thai", "tr": "Turkish", "uk": "Ukrainian",
+    "vi": "Vietnamese", "zh": "Chinese",
+}  # fmt: skip
+
+
 def sentence(text: str | None) -> str | None:
     """Returns text as one sentence: first letter upper case, a stop at the end; None if empty."""
     line = " ".join((text or "").split()).rstrip(" .,;:")
@@ -83,11 +93,16 @@ def quotation(text: str, max_chars: int) -> str:
 
 
 def speech_caption(transcript: str | None, language: str | None, max_chars: int) -> str | None:
-    """Returns what is said as a caption, or None if nothing is."""
+    """Returns what is said as a caption, or None if nothing is.
+
+    A language other than English is named, as far as this module knows its name.
+    """
     if not (transcript or "").strip():
         return None
     quote = quotation(transcript or "", max_chars)
-    foreign = f" in language {language}" if language and language != "en" else ""
+    foreign = (
+        "" if language in (None, "en") else f" in {_LANGUAGES.get(language, 'another language')}"
+    )
     return f"A voice says{foreign}: {quote}"
 
 

@@ -10,7 +10,7 @@ Legend: H W a frame at working size (short side 120 px), C channels.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import cv2
@@ -292,10 +292,11 @@ class SignalsVideoCaptioner:
         self._faces = None
         if config.face_model:
             try:
+                # 0.9 is the detector's own default score; below it, patterns look like faces.
                 self._faces = cv2.FaceDetectorYN.create(config.face_model, "", (320, 320), 0.9)
             except cv2.error as error:
                 raise DependencyError(
-                    f"Face detector cannot be loaded: {config.face_model} ({error})",
+                    f"Face detector cannot be loaded: {config.face_model} ({error.err})",
                     "set face_model to a YuNet ONNX file, or leave it out",
                 ) from error
 
@@ -304,7 +305,7 @@ class SignalsVideoCaptioner:
         return [self._caption_one(clip) for clip in clips]
 
     def _caption_one(self, clip: ClipFrames) -> VideoCaptions:
-        signals = measure_clip(clip.frames)
+        signals = replace(measure_clip(clip.frames), num_faces=self._count_faces(clip.frames))
         num = len(signals.frames)
         chosen = sorted({int((index + 0.5) * num / 4) for index in range(4)})
         return VideoCaptions(
@@ -312,3 +313,15 @@ class SignalsVideoCaptioner:
             fine=tuple(describe_frame(signals.frames[index]) for index in chosen),
             caption=describe_clip(signals),
         )
+
+    def _count_faces(self, frames: Sequence[np.ndarray]) -> int:
+        """Returns the median number of faces over first, middle and last third's middle frames."""
+        if self._faces is None:
+            return 0
+        height, width = frames[0].shape[:2]
+        self._faces.setInputSize((width, height))
+        counts = []
+        for index in sorted({int((third + 0.5) * len(frames) / 3) for third in range(3)}):
+            _, faces = self._faces.detect(cv2.cvtColor(frames[index], cv2.COLOR_RGB2BGR))
+            counts.append(0 if faces is None else len(faces))
+        return sorted(counts)[len(counts) // 2]

@@ -149,6 +149,9 @@ def _describe(signals: ClipSignals, things: Sequence[Thing]) -> str:
     lead = ground_words(signals.frames, "background" if said else "scene")
     if said:
         lead = f"{join_words(said)} against {lead}"
+    faces = {0: "", 1: "a face is seen", 2: "two faces are seen"}.get(
+        signals.num_faces, "several faces are seen"
+    )
     light = ""
     if signals.flicker > 5:
         light = "the light flickers"
@@ -156,7 +159,7 @@ def _describe(signals: ClipSignals, things: Sequence[Thing]) -> str:
         light = "it gets brighter" if signals.brightening > 0 else "it gets darker"
     active = any(thing_action(thing) for thing in things)
     motion = "" if active or light else _motion_words(signals)
-    return _sentence(lead, motion, light, camera_words(signals.camera))
+    return _sentence(lead, faces, motion, light, camera_words(signals.camera))
 
 
 def _motion_words(signals: ClipSignals) -> str:

@@ -24,7 +24,7 @@ from dataengine.models.asr import (
     TranscriberConfig,
     build_transcriber,
 )
-from dataengine.models.signals_audio import build_voice_detector, speech_ratio
+from dataengine.models.signals_audio import SPEECH_SEEN, build_voice_detector, speech_ratio
 from dataengine.records import SEGMENT_STRUCT
 from dataengine.stage import Kept, Outcome, Row, Stage, provenance
 from dataengine.stages.caption_audio import clip_waveform
@@ -129,8 +129,9 @@ class TranscribeStage(Stage):
         """
         model: TranscriberConfig | None = PocketsphinxConfig()
         """Who writes down speech; None takes subtitles alone."""
-        min_speech_ratio: float = Field(default=0.15, ge=0, le=1)
-        """Least share of the clip that sounds like speech for recognition to run; 0 runs always."""
+        min_speech_ratio: float = Field(default=SPEECH_SEEN, ge=0, le=1)
+        """Least share of what is heard that must sound like speech for recognition to run; 0 runs
+        always."""
 
     config: Config
 
