@@ -148,8 +148,10 @@ def _build(content: dict[str, Any], source: str, problems: list[str]) -> Pipelin
             stages.append((cls, config))
     if len(stages) == len(entries):
         problems += _column_problems([cls for cls, _ in stages])
-    if stages and stages[0][1].resources.colocate:
-        problems.append(f"stages.{stages[0][0].name}: the first stage has none to colocate with")
+        if stages[0][1].resources.colocate:
+            problems.append(
+                f"stages.{stages[0][0].name}: the first stage has none to colocate with"
+            )
     if problems or shards is None or runtime is None:
         return None
     return Pipeline(

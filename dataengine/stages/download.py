@@ -34,7 +34,7 @@ _YT_DLP_REASONS: tuple[tuple[str, str, bool], ...] = (
     (r"confirm you.re not a bot|captcha", "bot_check", True),
     (r"HTTP Error 429|Too Many Requests|rate.limit", "http_429", True),
     (r"private video|login required|members.only|sign in", "private", False),
-    (r"not available in your (country|location)|geo.?restrict|blocked it in your", "geo", False),
+    (r"available in your (country|location)|geo.?restrict|blocked it in your", "geo", False),
     (r"age.restricted|confirm your age", "age_limited", False),
     (r"HTTP Error 4\d\d", "http_4xx", False),
     (r"HTTP Error 5\d\d", "http_5xx", True),
