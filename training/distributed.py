@@ -53,7 +53,7 @@ def wrap(model: nn.Module, world: World) -> nn.Module:
     device_ids = [world.device.index] if world.device.type == "cuda" else None
     # Models have no buffers that training changes.
     return DistributedDataParallel(
-        model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
+        model, device_ids=device_ids, forward_sync_buffers=False, gradient_as_bucket_view=True
     )
 
 

@@ -83,7 +83,9 @@ def export_open_clip(model: OpenClipDualEncoder, config: OpenClipConfig, folder:
         name: tensor.detach().to("cpu", torch.float16).contiguous()
         for name, tensor in model.clip.state_dict().items()
     }
-    save_file(weights, folder / "open_clip_model.safetensors", metadata={"format": "pt"})
+    weights_path = folder / "open_clip_model.safetensors"
+    save_file(weights, weights_path, metadata={"format": "pt"})
+    weights_path.chmod(0o644)  # safetensors writes for its user alone; this is for others
     described = model_config(config)
     described["vision_cfg"].pop("patch_dropout")  # a matter of training alone
     about = {
