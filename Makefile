@@ -66,11 +66,12 @@ test: $(READY) ## the default tests
 test-slow: $(READY) ## all tests, also those that take minutes
 	@$(PY) -m pytest -m 'not gpu' $(ARGS)
 
-lint: $(READY) ## ruff, pyright and yamllint, as CI runs them
+lint: $(READY) ## ruff, pyright, yamllint and hadolint, as CI runs them
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
 	@.venv/bin/pyright
 	@.venv/bin/yamllint .
+	@.venv/bin/hadolint docker/Dockerfile docker/Dockerfile.gpu
 
 fix: $(READY) ## let ruff mend what it can
 	@.venv/bin/ruff check --fix .
