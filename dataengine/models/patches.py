@@ -125,7 +125,8 @@ def mask_shape(mask: np.ndarray) -> str:
 
 def _convex_shape(hull: np.ndarray, area: float, around: float, roundness: float) -> str:
     polygon = cv2.approxPolyDP(hull, 0.04 * around, True).reshape(-1, 2)
-    corners = len(polygon)
+    # Corners that leave out a part are not the shape's own: an ellipse has none.
+    corners = len(polygon) if cv2.contourArea(polygon) > 0.8 * cv2.contourArea(hull) else 0
     if corners == 3 and roundness < 0.75:
         return "triangle"
     if corners == 4:

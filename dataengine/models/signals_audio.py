@@ -179,7 +179,7 @@ def find_tone(spectra_TF: np.ndarray, loud: np.ndarray) -> tuple[float | None, f
     from start to end.
     """
     frames = spectra_TF[loud]
-    if len(frames) < _FRAMES_PER_S // 2:
+    if len(frames) < max(_FRAMES_PER_S // 2, 0.6 * len(spectra_TF)):
         return None, 0.0
     top = frames[:, 4:].argmax(axis=1) + 4
     near = np.arange(-4, 5)
@@ -215,7 +215,7 @@ def find_tempo(onsets: np.ndarray) -> float | None:
     programming"). A beat must return: the envelope correlates with itself one and two beats
     later. Measured: clicks and drum loops above 0.5, speech and wind below 0.3.
     """
-    if len(onsets) < 2.5 * _FRAMES_PER_S or np.percentile(onsets, 98) < 2:
+    if len(onsets) < 2.5 * _FRAMES_PER_S or np.sort(onsets)[-4] < 2:  # four rises of 2 dB
         return None
     smooth = np.convolve(onsets - onsets.mean(), np.hanning(7) / np.hanning(7).sum(), "same")
     spectrum = np.abs(np.fft.rfft(smooth, 2 * len(smooth))) ** 2
@@ -254,6 +254,7 @@ def measure_audio(waveform: np.ndarray, detector: VoiceDetector) -> AudioSignals
     tone_hz, glide = find_tone(spectra, active)
     held = (np.abs(np.diff(semitones, prepend=semitones[0])) < 0.05) & (periodicity > 0.55)
     onsets = onset_strength(spectra)
+    heard = np.flatnonzero(active)
     rising = (onsets[1:-1] >= onsets[:-2]) & (onsets[1:-1] > onsets[2:]) & (onsets[1:-1] > 3)
     return AudioSignals(
         level_db=float(10 * np.log10(np.mean(10 ** (level[loud] / 10)))),
@@ -265,7 +266,7 @@ def measure_audio(waveform: np.ndarray, detector: VoiceDetector) -> AudioSignals
         tone_octaves=glide,
         pitched_ratio=float(held[active].mean()),
         onsets_per_s=float(rising.sum() * _FRAMES_PER_S / len(level)),
-        tempo_bpm=find_tempo(onsets),
+        tempo_bpm=find_tempo(onsets[heard[0] : heard[-1] + 1]),
     )
 
 

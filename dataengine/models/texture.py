@@ -5,11 +5,11 @@ import cv2
 import numpy as np
 
 
-def edge_share(lightness: np.ndarray) -> float:
-    """Returns the share of pixels where CIELAB L changes by more than 4 per pixel."""
+def steepness(lightness: np.ndarray) -> np.ndarray:
+    """Returns how much CIELAB L changes per pixel, float32 HW."""
     slope_x = cv2.Sobel(lightness, cv2.CV_32F, 1, 0, scale=0.125)
     slope_y = cv2.Sobel(lightness, cv2.CV_32F, 0, 1, scale=0.125)
-    return float((cv2.magnitude(slope_x, slope_y) > 4).mean())
+    return cv2.magnitude(slope_x, slope_y)
 
 
 def name_texture(lightness: np.ndarray, covered: np.ndarray) -> str:
@@ -29,16 +29,15 @@ def name_texture(lightness: np.ndarray, covered: np.ndarray) -> str:
         return ""
     spread = float(ground.std())
     filled = np.where(covered, float(ground.mean()), lightness).astype(np.float32)
-    edges = edge_share(filled)
+    steep = steepness(filled)
+    edges = float((steep > 4).mean())
     small = cv2.resize(filled, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
     hidden = cv2.resize(covered.astype(np.uint8), small.shape[::-1]) > 0
-    if spread > 2.5 and edges > 0.005:
-        pattern = _stripes(small, hidden) or _checks(small)
-        if pattern:
-            return pattern
-    dots = _dots(filled, edges)
-    if dots:
-        return dots
+    patterned = spread > 2.5 and edges > 0.005
+    pattern = _stripes(small, hidden) if patterned else ""
+    pattern = pattern or _dots(filled, edges) or (_checks(small) if patterned else "")
+    if pattern:
+        return pattern
     if spread > 1.5 and _plane_share(small, hidden) > 0.8 and edges < 0.08:
         return "gradient"
     rough = filled - cv2.GaussianBlur(filled, (0, 0), 3)
@@ -48,7 +47,8 @@ def name_texture(lightness: np.ndarray, covered: np.ndarray) -> str:
     if roughness > 1 and roughness > 0.75 * spread and everywhere:
         return "grainy"
     if edges < 0.05:
-        return "plain" if spread < 4 else "soft" if roughness < 0.35 * spread else ""
+        soft = roughness < 0.35 * spread and float((steep > 10).mean()) < 0.002
+        return "plain" if spread < 4 else "soft" if soft else ""
     return "detailed" if edges > 0.3 else ""
 
 
@@ -120,7 +120,7 @@ def _dots(lightness: np.ndarray, edges: float) -> str:
             return "starry"
         whole = areas[areas > 0.4 * np.median(areas)] if len(areas) else areas
         even = len(whole) > 10 and whole.std() < 0.35 * whole.mean() and whole.mean() > 12
-        if even and 0.08 < share < 0.5:
+        if even and 0.08 < share < 0.42:
             return "dotted"
     return ""
 
