@@ -52,7 +52,7 @@ def _mask(kind: str, direction: str, width: int, height: int, rng: np.random.Gen
         # Grain of about two pixels, whose picture survives both encoding and a slow pan.
         grain = rng.random((180, 240), np.float32)
         noise = cv2.resize(grain, (width, height), interpolation=cv2.INTER_CUBIC)
-        return np.clip(noise, 0, 1).astype(np.float32)
+        return np.clip(noise * 1.6 - 0.3, 0, 1).astype(np.float32)
     xs, ys = np.meshgrid(
         np.arange(width, dtype=np.float32) / height, np.arange(height, dtype=np.float32) / height
     )

@@ -46,13 +46,13 @@ def describe_shot(shot: Shot, brightness: str, rng: np.random.Generator) -> str:
         flash = _pick(("The light flashes on and off", "Bright light flickers rapidly"), rng)
         return f"{flash} over {_list(shot.things, rng)} {place}."
     if moving:
-        subject = " while ".join(
-            f"{_name(thing, rng)} {_pick(_VERBS[thing.action], rng)}" for thing in moving
-        )
+        clauses = [f"{_name(thing, rng)} {_pick(_VERBS[thing.action], rng)}" for thing in moving]
+        subject = ", ".join(clauses[:-1])
+        subject += f" {_pick(('while', 'and'), rng)} {clauses[-1]}" if subject else clauses[-1]
         if resting:
             subject += f" {_pick(('next to', 'beside'), rng)} {_list(resting, rng)}"
     elif shot.camera == "still":
-        opening = ("a still picture of", "a motionless view of", "nothing moves around")
+        opening = ("a still picture of", "a motionless view of", "a static shot of")
         subject = f"{_pick(opening, rng)} {_list(resting, rng)}"
     else:
         verb = "rests" if len(resting) == 1 else "rest"

@@ -4,7 +4,7 @@
 import json
 import multiprocessing
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from functools import partial
@@ -144,7 +144,7 @@ def _render_sounds(
     return sounds, waves
 
 
-def _each_done(render: Callable[..., None], missing: list[int], workers: int) -> range | Any:
+def _each_done(render: Callable[..., None], missing: list[int], workers: int) -> Iterator[int]:
     """Yields the number of videos done, after each."""
     if workers == 1 or len(missing) < 2:
         for number, index in enumerate(missing, start=1):

@@ -226,7 +226,7 @@ def _plan_background(
         score = min(
             contrast(thing.rgb, rgb) / _MIN_OBJECT_CONTRAST
             for thing in things
-            for rgb in candidate.rgbs[: 1 if kind in ("plain", "starry") else 2]
+            for rgb in _ground_rgbs(candidate)
         )
         if kind not in ("plain", "starry"):
             score = min(score, contrast(*candidate.rgbs) / _MIN_PATTERN_CONTRAST)
@@ -238,6 +238,17 @@ def _plan_background(
             break
     assert best is not None
     return best
+
+
+def _ground_rgbs(background: Background) -> list[RGB]:
+    """Returns the colours an object may lie on, what two of them blend to included."""
+    first, second = background.rgbs
+    if background.kind in ("plain", "starry"):
+        return [first]
+    if background.kind not in ("gradient", "cloudy", "grainy"):
+        return [first, second]
+    red, green, blue = ((a + b) // 2 for a, b in zip(first, second, strict=True))
+    return [first, second, (red, green, blue)]
 
 
 def _random_background(kind: str, wanted: str | None, rng: np.random.Generator) -> Background:
