@@ -261,8 +261,8 @@ def test_captions_stay_short_and_differ():
         colours = rng.integers(0, 255, (4, 3)).tolist()
         ground = plain(colours[0])
         for colour in colours[1:]:
-            place = rng.uniform(0.15, 0.85, 2) * (WIDTH, HEIGHT)
-            ground = with_disc(*place, rng.uniform(15, 40), colour, ground)
+            x, y = rng.uniform(0.15, 0.85, 2) * (WIDTH, HEIGHT)
+            ground = with_disc(x, y, rng.uniform(15, 40), colour, ground)
         texts.append(caption([ground] * 8))
     assert max(len(text.split()) for text in texts) <= 34
     assert len(set(texts)) == len(texts)
