@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+import csv
+import io
+import json
+
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner
+
+from dataengine.cli import app
+from dataengine.corpus import Corpus
+from dataengine.errors import ConfigError, EngineError
+from dataengine.query.sql import connect, run, select_statement
+from tests.helpers import clip_row, clips_table, ledger_row
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    corpus = Corpus.create(str(tmp_path_factory.mktemp("q") / "it's a corpus"))
+    corpus.take_over("r-1")
+    for video in range(3):
+        rows = [
+            clip_row(
+                f"v{video}", 1000 * i, 1000 * i + 500 * (i + 1), clip_score=video / 10 + i / 100,
+                language=("en", "de", None)[i],
+            )
+            for i in range(3)
+        ]  # fmt: skip
+        corpus.commit(
+            clips_table(rows), [ledger_row(f"v{video}", rows)], run_id="r-1", fingerprint="f"
+        )
+    return corpus
+
+
+def ask(corpus, *args):
+    result = CliRunner().invoke(app, ["query", corpus.url, *args])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.stdout
+
+
+def test_a_condition_gives_the_clips_it_is_true_of(corpus):
+    out = ask(
+        corpus, "language = 'de' and clip_score > 0.1", "-f", "csv", "--select", "clip_id,tags"
+    )
+    assert list(csv.reader(io.StringIO(out))) == [
+        ["clip_id", "tags"],
+        ["v1_1000_2000", '["a", "b"]'],
+        ["v2_1000_2000", '["a", "b"]'],
+    ]
+
+
+def test_order_and_limit_and_whole_selects(corpus):
+    out = ask(corpus, "", "--order-by", "clip_score desc", "--limit", "2", "-f", "jsonl")
+    assert [json.loads(line)["clip_id"] for line in out.splitlines()] == [
+        "v2_2000_3500",
+        "v2_1000_2000",
+    ]
+    out = ask(
+        corpus, "select language, count(*) as n from clips group by all order by all", "-f", "jsonl"
+    )
+    assert [json.loads(line) for line in out.splitlines()] == [
+        {"language": "de", "n": 3}, {"language": "en", "n": 3}, {"language": None, "n": 3},
+    ]  # fmt: skip
+    out = ask(
+        corpus, "select status, sum(num_clips)::int as n from videos group by all", "-f", "jsonl"
+    )
+    assert json.loads(out) == {"status": "kept", "n": 9}
+
+
+def test_parquet_keeps_types_and_a_table_is_for_reading(corpus, tmp_path):
+    path = tmp_path / "x.parquet"
+    ask(corpus, "", "--select", "*", "-f", "parquet", "-o", str(path))
+    assert pq.read_table(path).num_rows == 9
+    assert "shard" in pq.read_schema(path).names
+    assert "video" not in pq.read_schema(path).names
+    assert "v0_0_500" in ask(corpus, "video_id = 'v0'")
+    with pytest.raises(EngineError, match="not for a terminal"):
+        ask(corpus, "", "-f", "parquet")
+
+
+def test_media_is_never_read(corpus):
+    """A corpus without its shards answers every query."""
+    shards = corpus.path("shards")
+    import os
+
+    os.rename(shards, shards + ".away")
+    try:
+        assert len(ask(corpus, "", "-f", "jsonl").splitlines()) == 9
+    finally:
+        os.rename(shards + ".away", shards)
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "select * from read_csv('/etc/passwd')",
+        "select * from read_text('/etc/hostname')",
+        "select * from 'https://example.org/x.parquet'",
+        "drop view clips",
+        "select 1; select 2",
+        "copy clips to '/tmp/never.csv'",
+        "1=1; attach '/tmp/never.db'",
+        "set enable_external_access = true",
+    ],
+)
+def test_the_sql_reaches_nothing_but_the_corpus(corpus, sql):
+    with connect(corpus) as db, pytest.raises(ConfigError):
+        list(run(db, select_statement(sql))[1])
+
+
+def test_a_wrong_name_is_answered_with_the_names_there_are(corpus):
+    with connect(corpus) as db, pytest.raises(ConfigError, match="scor") as error:
+        run(db, select_statement("scor > 1"))
+    assert "clip_score" in error.value.hint
+
+
+def test_an_empty_corpus_answers_with_no_rows(tmp_path):
+    empty = Corpus.create(str(tmp_path / "c"))
+    assert ask(empty, "clip_score > 0", "-f", "jsonl") == ""
