@@ -34,9 +34,9 @@ class VideoTowerConfig(_Config):
     width: int = Field(gt=0)
     layers: int = Field(gt=0)
     heads: int = Field(gt=0)
-    mask_ratio: float = Field(0.0, ge=0.0, lt=1.0)
+    mask_ratio: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Share of the patch tokens left out at random in training; never in evaluation."""
-    drop_path: float = Field(0.0, ge=0.0, lt=1.0)
+    drop_path: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Stochastic depth of the last block; grows linearly from 0 at the first."""
     checkpoint_activations: bool = False
     """Whether blocks are recomputed in the backward pass to save memory."""
@@ -55,7 +55,7 @@ class VideoTowerConfig(_Config):
 class TextTowerConfig(_Config):
     """CLIP's causal text transformer over its BPE vocabulary."""
 
-    context_length: int = Field(32, gt=2)
+    context_length: int = Field(default=32, gt=2)
     """Tokens of a caption with start and end; ViCLIP reads 32, CLIP 77."""
     width: int = Field(gt=0)
     layers: int = Field(gt=0)
@@ -77,7 +77,7 @@ class ViCLIPConfig(_Config):
     text: TextTowerConfig
     freeze_text: bool = False
     """Whether the text tower keeps its weights; only sensible with weights loaded into it."""
-    init_temperature: float = Field(0.01, ge=0.01, le=1.0)
+    init_temperature: float = Field(default=0.01, ge=0.01, le=1.0)
     """Start of the learnt temperature tau; similarities are divided by it. Never below 1/100."""
     pixel_mean: tuple[float, float, float] = IMAGENET_MEAN
     pixel_std: tuple[float, float, float] = IMAGENET_STD
@@ -90,7 +90,7 @@ class OpenClipConfig(_Config):
     embed_dim: int = Field(gt=0)
     video: VideoTowerConfig
     text: TextTowerConfig
-    init_temperature: float = Field(0.07, ge=0.01, le=1.0)
+    init_temperature: float = Field(default=0.07, ge=0.01, le=1.0)
     """CLIP starts at 0.07 and stops at 0.01."""
     pixel_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     pixel_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
@@ -116,16 +116,16 @@ class DataConfig(_Config):
     """Share of the *videos* kept out of training and used for evaluation."""
     batch_size: int = Field(gt=0)
     """Clips per process and step; the contrastive batch is this times the processes."""
-    eval_batch_size: int = Field(64, gt=0)
-    shuffle_buffer: int = Field(2048, ge=1)
+    eval_batch_size: int = Field(default=64, gt=0)
+    shuffle_buffer: int = Field(default=2048, ge=1)
     """How far a clip may move from its row group's place in the epoch, in clips per lane."""
-    num_workers: int = Field(0, ge=0)
+    num_workers: int = Field(default=0, ge=0)
     """Reader processes per training process; 0 reads in the training process itself. Changes
     nothing in the batches."""
-    lanes: int = Field(4, ge=1)
+    lanes: int = Field(default=4, ge=1)
     """Independent read positions per process. Reading is cheapest when ``num_workers`` divides
     it; changing it changes the batches."""
-    cache_mb: int = Field(256, ge=1)
+    cache_mb: int = Field(default=256, ge=1)
     """Row groups each reader keeps in memory, MiB."""
     crop_scale: tuple[float, float] = (0.5, 1.0)
     """Area of the random crop as a share of the frame's, least and most (ViCLIP: 0.5 to 1)."""
@@ -157,16 +157,16 @@ class OptimConfig(_Config):
     """AdamW with linear warm-up and cosine decay. Exactly one of ``steps`` and ``epochs``."""
 
     lr: float = Field(gt=0)
-    weight_decay: float = Field(0.2, ge=0)
+    weight_decay: float = Field(default=0.2, ge=0)
     betas: tuple[float, float] = (0.9, 0.98)
-    eps: float = Field(1e-8, gt=0)
-    steps: int | None = Field(None, gt=0)
-    epochs: float | None = Field(None, gt=0)
-    warmup_ratio: float = Field(0.05, ge=0, lt=1)
+    eps: float = Field(default=1e-8, gt=0)
+    steps: int | None = Field(default=None, gt=0)
+    epochs: float | None = Field(default=None, gt=0)
+    warmup_ratio: float = Field(default=0.05, ge=0, lt=1)
     """Share of the steps over which the learning rate rises from ``min_lr_ratio`` to 1."""
-    min_lr_ratio: float = Field(0.01, ge=0, le=1)
+    min_lr_ratio: float = Field(default=0.01, ge=0, le=1)
     """Learning rate at the end as a share of the highest."""
-    grad_clip: float = Field(0.0, ge=0)
+    grad_clip: float = Field(default=0.0, ge=0)
     """Largest gradient norm; 0 never clips (ViCLIP does not)."""
 
     @model_validator(mode="after")
@@ -182,11 +182,11 @@ class RunConfig(_Config):
     seed: int = Field(ge=0)
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
-    log_every: int = Field(20, gt=0)
-    eval_every: int = Field(0, ge=0)
+    log_every: int = Field(default=20, gt=0)
+    eval_every: int = Field(default=0, ge=0)
     """Steps between evaluations on the held-out clips; 0 evaluates before and after only."""
-    checkpoint_every: int = Field(500, gt=0)
-    keep_checkpoints: int = Field(2, gt=0)
+    checkpoint_every: int = Field(default=500, gt=0)
+    keep_checkpoints: int = Field(default=2, gt=0)
 
 
 ModelConfig = Annotated[ViCLIPConfig | OpenClipConfig, Field(discriminator="kind")]

@@ -124,7 +124,7 @@ class Transformer(nn.Module):
         checkpoint_activations: bool = False,
     ) -> None:
         super().__init__()
-        rates = torch.linspace(0, drop_path, layers).tolist()
+        rates = [drop_path * layer / max(layers - 1, 1) for layer in range(layers)]
         self.resblocks = nn.ModuleList(Block(width, heads, rate) for rate in rates)
         self.causal = causal
         self.checkpoint_activations = checkpoint_activations

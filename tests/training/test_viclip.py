@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+import torch
+from torch import nn
+
+from training.config import ViCLIPConfig, load_recipe
+from training.data.text import END_OF_TEXT, clean_caption, tokenise
+from training.models.transformer import Attention
+from training.models.viclip import ViCLIP, keep_random
+
+
+def published(size):
+    """Sizes of the released checkpoints."""
+    video = {"image_size": 224, "num_frames": 8}
+    if size == "B":
+        video |= {"patch_size": 16, "width": 768, "layers": 12, "heads": 12}
+        text, embed_dim = {"width": 512, "layers": 12, "heads": 8}, 512
+    else:
+        video |= {"patch_size": 14, "width": 1024, "layers": 24, "heads": 16}
+        text, embed_dim = {"width": 768, "layers": 12, "heads": 12}, 768
+    return ViCLIPConfig.model_validate(
+        {"kind": "viclip", "embed_dim": embed_dim, "video": video, "text": text}
+    )
+
+
+@pytest.mark.parametrize(("size", "tensors", "millions"), [("B", 303, 149.60), ("L", 447, 427.59)])
+def test_published_sizes(size, tensors, millions):
+    with torch.device("meta"):
+        state = ViCLIP(published(size)).state_dict()
+    assert len(state) == tensors
+    assert round(sum(tensor.numel() for tensor in state.values()) / 1e6, 2) == millions
+
+
+def test_published_names_and_shapes():
+    with torch.device("meta"):
+        state = ViCLIP(published("B")).state_dict()
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    expected = {
+        "temp": (),
+        "vision_encoder.class_embedding": (768,),
+        "vision_encoder.positional_embedding": (197, 768),
+        "vision_encoder.temporal_positional_embedding": (1, 8, 768),
+        "vision_encoder.proj": (768, 512),
+        "vision_encoder.conv1.weight": (768, 3, 1, 16, 16),
+        "text_encoder.positional_embedding": (32, 512),
+        "text_encoder.text_projection": (512, 512),
+        "text_encoder.token_embedding.weight": (49408, 512),
+    }
+    for norm in ("vision_encoder.ln_pre", "vision_encoder.ln_post"):
+        expected |= {f"{norm}.weight": (768,), f"{norm}.bias": (768,)}
+    expected |= {"text_encoder.ln_final.weight": (512,), "text_encoder.ln_final.bias": (512,)}
+    for tower, width in (("vision_encoder", 768), ("text_encoder", 512)):
+        for layer in range(12):
+            block = f"{tower}.transformer.resblocks.{layer}"
+            expected |= {
+                f"{block}.attn.in_proj_weight": (3 * width, width),
+                f"{block}.attn.in_proj_bias": (3 * width,),
+                f"{block}.attn.out_proj.weight": (width, width),
+                f"{block}.attn.out_proj.bias": (width,),
+                f"{block}.mlp.c_fc.weight": (4 * width, width),
+                f"{block}.mlp.c_fc.bias": (4 * width,),
+                f"{block}.mlp.c_proj.weight": (width, 4 * width),
+                f"{block}.mlp.c_proj.bias": (width,),
+            }
+            for norm in ("ln_1", "ln_2"):
+                expected |= {f"{block}.{norm}.{part}": (width,) for part in ("weight", "bias")}
+    assert shapes == expected
+
+
+def test_viclip_b_recipe_is_the_published_size():
+    config = load_recipe("viclip_b").model
+    assert isinstance(config, ViCLIPConfig)
+    own, theirs = config.model_dump(), published("B").model_dump()
+    for tower in ("video", "text"):
+        for field in ("width", "layers", "heads"):
+            assert own[tower][field] == theirs[tower][field]
+    assert own["embed_dim"] == theirs["embed_dim"]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_is_multihead_attention(causal):
+    torch.manual_seed(0)
+    reference = nn.MultiheadAttention(24, 3, batch_first=True)
+    nn.init.normal_(reference.in_proj_bias)
+    nn.init.normal_(reference.out_proj.bias)
+    own = Attention(24, 3)
+    own.load_state_dict(reference.state_dict())
+    x = torch.randn(2, 7, 24)
+    mask = torch.full((7, 7), float("-inf")).triu(1) if causal else None
+    expected, _ = reference(x, x, x, attn_mask=mask, need_weights=False)
+    torch.testing.assert_close(own(x, causal), expected)
+
+
+@pytest.fixture
+def model(recipe):
+    torch.manual_seed(0)
+    return ViCLIP(recipe().model).eval()
+
+
+def test_tokens_are_spatial_major_with_time_fastest(model):
+    tower = model.vision_encoder
+    blank = torch.zeros(1, 2, 3, 32, 32)
+    for frame, patch in [(0, 0), (1, 0), (0, 3), (1, 2)]:
+        lit = blank.clone()
+        row, column = divmod(patch, 2)
+        lit[0, frame, :, row * 16 : row * 16 + 16, column * 16 : column * 16 + 16] = 1
+        changed = (tower._tokens(lit) != tower._tokens(blank)).any(dim=-1)[0]
+        # The class token is first.
+        assert changed.nonzero().flatten().tolist() == [1 + patch * 2 + frame]
+
+
+def test_order_of_frames_matters_only_through_the_temporal_embedding(model):
+    frames = torch.randn(1, 2, 3, 32, 32)
+    turned = frames.flip(1)
+    torch.testing.assert_close(model.encode_video(frames), model.encode_video(turned))
+    with torch.no_grad():
+        model.vision_encoder.temporal_positional_embedding.normal_()
+    assert (model.encode_video(frames) - model.encode_video(turned)).abs().max() > 1e-3
+
+
+def test_single_image_takes_the_mean_temporal_embedding(model):
+    temporal = model.vision_encoder.temporal_positional_embedding
+    with torch.no_grad():
+        temporal.normal_()
+    torch.testing.assert_close(model.vision_encoder._temporal(1), temporal.mean(1, keepdim=True))
+    assert model.encode_video(torch.randn(1, 1, 3, 32, 32)).shape == (1, 16)
+
+
+def test_masking_keeps_a_random_share_in_order():
+    torch.manual_seed(0)
+    tokens = torch.arange(40.0).repeat(3, 1)[..., None]
+    kept = keep_random(tokens, 0.9).squeeze(-1)
+    assert kept.shape == (3, 4)
+    assert (kept.diff(dim=1) > 0).all()
+    assert len({tuple(row) for row in kept.tolist()}) == 3
+
+
+def test_masking_is_off_in_evaluation(recipe):
+    model = ViCLIP(recipe(model__video__mask_ratio=0.5).model)
+    frames = torch.randn(2, 2, 3, 32, 32)
+    lengths = []
+    model.vision_encoder.ln_pre.register_forward_hook(lambda *a: lengths.append(a[2].shape[1]))
+    model.train().encode_video(frames)
+    model.eval().encode_video(frames)
+    assert lengths == [1 + 4, 1 + 8]
+
+
+def test_text_feature_sees_nothing_behind_the_end(model):
+    tokens = tokenise(["a red square"], 16)
+    end = tokens.argmax(dim=1).item()
+    longer = tokens.clone()
+    longer[0, end + 1 :] = 320
+    torch.testing.assert_close(model.encode_text(tokens), model.encode_text(longer))
+
+
+def test_temperature_never_falls_below_one_hundredth(model):
+    with torch.no_grad():
+        model.temp.fill_(0.002)
+    _, _, temperature = model(torch.randn(1, 2, 3, 32, 32), tokenise(["x"], 16))
+    assert temperature.item() == pytest.approx(0.01)
+
+
+def test_long_captions_end_with_the_end():
+    tokens = tokenise(["word " * 50, "word"], 8)
+    assert tokens.shape == (2, 8)
+    assert tokens[0, -1] == END_OF_TEXT
+    assert tokens[1].tolist()[2:] == [END_OF_TEXT, 0, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("raw", "clean"),
+    [
+        ("A Red-Blue ball, (left/right)!", "a red blue ball left right"),
+        ('  <person> runs;  twice: "fast" ', "person runs twice fast"),
+        ("...", ""),
+    ],
+)
+def test_captions_lose_case_and_punctuation(raw, clean):
+    assert clean_caption(raw) == clean
