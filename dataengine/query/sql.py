@@ -82,7 +82,7 @@ def run(db: duckdb.DuckDBPyConnection, sql: str) -> tuple[pa.Schema, Iterator[pa
         statements = db.extract_statements(sql)
         if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
             raise ConfigError("Expected one condition or one SELECT", _columns_hint(db))
-        reader: Any = db.execute(statements[0]).fetch_record_batch(_BATCH_ROWS)
+        reader = db.sql(sql).to_arrow_reader(_BATCH_ROWS)
     except duckdb.Error as error:
         raise _explained(db, error) from None
     return reader.schema, _batches(db, reader)

@@ -67,13 +67,13 @@ def _load(corpus: Corpus, run_id: str, name: str) -> Any:
 def _pick(corpus: Corpus, run_id: str) -> list[dict[str, Any]]:
     """Returns catalog rows to show: from different videos while there are any, always the same."""
     with connect(corpus) as db:
-        cursor: Any = db.execute(
+        cursor = db.sql(
             "select clips.*, videos.source from clips join videos using (video_id) "
             "where run_id = ? and status = 'kept' order by "
             "row_number() over (partition by video_id order by md5(clip_id)), md5(clip_id) limit ?",
-            [run_id, NUM_CLIPS],
+            params=[run_id, NUM_CLIPS],
         )
-        return cursor.fetch_arrow_table().to_pylist()
+        return cursor.to_arrow_table().to_pylist()
 
 
 def _card(corpus: Corpus, row: dict[str, Any]) -> dict[str, Any]:
