@@ -228,6 +228,9 @@ def test_preference_decides_between_sound_and_subtitles(monkeypatch):
 
     assert transcript(prefer="subtitles") == "written"
     assert transcript(prefer="asr") == "heard"
+    row["_subtitles"] = [cue(9000, 9900, "later")]
+    assert transcript(prefer="subtitles") is None
+    row["_subtitles"] = [cue(1000, 2000, "written")]
     recogniser.segments = []
     assert transcript(prefer="asr") == "written"
 
@@ -244,7 +247,7 @@ def test_language_is_told_offline(monkeypatch):
     texts = {
         "de": "Der Hund läuft über die Wiese und sucht einen Ball.",
         "en": "The boat sails across the blue water this morning.",
-        "fr": "Le chien court dans la forêt\net cherche une balle.",
+        "fr": "1\nLe chien court dans la forêt\net cherche une balle.",
         "zh": "今天天气很好我们去公园散步",
     }
     rows = [clip(transcript=text) for text in texts.values()]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import shutil
 import subprocess
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -74,8 +75,24 @@ def test_whisper_checkpoint_loads_and_transcribes_the_same_twice(tiny_whisper):
     waveform = np.random.default_rng(0).normal(0, 0.1, 2 * SAMPLE_RATE).astype(np.float32)
     segments = transcriber.transcribe(waveform)
     assert segments == transcriber.transcribe(waveform)
-    assert all(s.text == s.text.strip() and s.start_ms <= s.end_ms for s in segments)
     assert transcriber.model == f"whisper:{tiny_whisper}"
+
+
+def test_whisper_is_asked_for_plain_greedy_text(tiny_whisper, monkeypatch):
+    asked = {}
+
+    def transcribe(waveform, **options):
+        asked.update(options)
+        entries = [(0.0, 1.26, " Good morning. "), (1.26, 2.0, " "), (3.5, 3.4, "all")]
+        return {"segments": [dict(zip(("start", "end", "text"), e, strict=True)) for e in entries]}
+
+    transcriber = build_transcriber(WhisperConfig(model=str(tiny_whisper)))
+    monkeypatch.setattr(transcriber, "_model", SimpleNamespace(transcribe=transcribe))
+    assert transcriber.transcribe(np.zeros(SAMPLE_RATE, np.float32)) == [
+        Segment(0, 1260, "Good morning."),
+        Segment(3500, 3500, "all"),
+    ]
+    assert (asked["condition_on_previous_text"], asked["temperature"]) == (False, 0.0)
 
 
 def test_whisper_that_is_not_there_is_an_error_that_names_it(tmp_path):

@@ -41,6 +41,14 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def tolerance():
+    """A GPU scores in bfloat16, whose steps are 0.004 around 1."""
+    import torch
+
+    return 0.02 if torch.cuda.is_available() else 1e-5
+
+
+@pytest.fixture(scope="module")
 def scorer(folder):
     return build_clip_scorer(OpenClipConfig(model=f"local-dir:{folder}"))
 
@@ -53,7 +61,7 @@ def test_mean_cosine_of_each_clip():
         mean_cosines(image, text, [1, 1])
 
 
-def test_score_is_open_clips_own_cosine(folder, scorer):
+def test_score_is_open_clips_own_cosine(folder, scorer, tolerance):
     import open_clip
     import torch
     from PIL import Image
@@ -67,13 +75,13 @@ def test_score_is_open_clips_own_cosine(folder, scorer):
             model.encode_image(images, normalize=True) @ model.encode_text(tokens, normalize=True).T
         )
     (score,) = scorer.score([[RED, NOISE]], ["a red wall"])
-    assert score == pytest.approx(float(cosines.mean()), abs=1e-5)
+    assert score == pytest.approx(float(cosines.mean()), abs=tolerance)
 
 
-def test_score_does_not_depend_on_the_rest_of_the_batch(scorer):
+def test_score_does_not_depend_on_the_rest_of_the_batch(scorer, tolerance):
     alone = scorer.score([[RED]], ["a red wall"])
     batch = scorer.score([[NOISE, RED], [RED], [NOISE]], ["noise", "a red wall", "x " * 200])
-    assert batch[1] == pytest.approx(alone[0], abs=1e-5)
+    assert batch[1] == pytest.approx(alone[0], abs=tolerance)
     assert scorer.score([], []) == []
 
 

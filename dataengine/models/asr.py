@@ -112,10 +112,8 @@ class PocketsphinxTranscriber:
     def transcribe(self, waveform: np.ndarray) -> list[Segment]:
         """Returns lower-case English segments without punctuation."""
         samples = (np.clip(waveform, -1.0, 1.0) * 32767).astype("<i2")
-        # PocketSphinx carries the mean of one utterance into the next; a clip's transcript must
-        # not depend on the clip before it.
-        self._decoder.reinit_feat()
         self._decoder.start_utt()
+        # In one piece, so that the mean it subtracts is this clip's own and not the last one's.
         self._decoder.process_raw(samples.tobytes(), full_utt=True)
         self._decoder.end_utt()
         if self._decoder.hyp() is None:

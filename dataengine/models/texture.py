@@ -35,7 +35,7 @@ def name_texture(lightness: np.ndarray, covered: np.ndarray) -> str:
     hidden = cv2.resize(covered.astype(np.uint8), small.shape[::-1]) > 0
     patterned = spread > 2.5 and edges > 0.005
     pattern = _stripes(small, hidden) if patterned else ""
-    pattern = pattern or _dots(filled, edges) or (_checks(small) if patterned else "")
+    pattern = pattern or _dots(filled, covered, edges) or (_checks(small) if patterned else "")
     if pattern:
         return pattern
     if spread > 1.5 and _plane_share(small, hidden) > 0.8 and edges < 0.08:
@@ -100,22 +100,22 @@ def _crossings(profile: np.ndarray) -> int:
     return int((np.sign(far[1:]) != np.sign(far[:-1])).sum())
 
 
-def _dots(lightness: np.ndarray, edges: float) -> str:
+def _dots(lightness: np.ndarray, covered: np.ndarray, edges: float) -> str:
     """Returns ``dotted`` for many spots of one size, ``starry`` for small lights on a dark ground.
 
     Spots are what differs from the middle lightness by 40 % of the range or more.
     """
-    low, middle, high = np.percentile(lightness, [1, 50, 99.5])
+    low, middle, high = np.percentile(lightness[~covered], [1, 50, 99.5])
     if high - low < 6 or edges > 0.4:
         return ""
     for sign in (1, -1):
         reach = high - middle if sign > 0 else middle - low
         if reach < 5:
             continue
-        mask = (sign * (lightness - middle) > 0.4 * reach).astype(np.uint8)
+        mask = ((sign * (lightness - middle) > 0.4 * reach) & ~covered).astype(np.uint8)
         count, _, stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=4)
         areas = stats[1:, cv2.CC_STAT_AREA]
-        share = mask.mean()
+        share = mask[~covered].mean()
         if count > 12 and share < 0.04 and middle < 45 and sign > 0 and np.median(areas) < 8:
             return "starry"
         whole = areas[areas > 0.4 * np.median(areas)] if len(areas) else areas
