@@ -79,12 +79,12 @@ def _pick(corpus: Corpus, run_id: str) -> list[dict[str, Any]]:
 def _card(corpus: Corpus, row: dict[str, Any]) -> dict[str, Any]:
     """Returns what the page shows of one clip."""
     media = corpus.read_clip(row, ["video", "frames"])
-    mp4 = media["video"]["bytes"]
+    mp4 = (media["video"] or {}).get("bytes") or b""  # a pipeline may store frames only
     return {
         **row,
         "name": row["title"] or row["source"].rsplit("/", 1)[-1],
         "frames": [_data_url("image/jpeg", frame) for frame in media["frames"]],
-        "video": _data_url("video/mp4", mp4) if len(mp4) <= _MOST_VIDEO_BYTES else None,
+        "video": _data_url("video/mp4", mp4) if 0 < len(mp4) <= _MOST_VIDEO_BYTES else None,
     }
 
 
