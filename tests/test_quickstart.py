@@ -133,10 +133,10 @@ def test_a_clip_shows_exactly_its_part_of_the_source(corridor):
         clip = corpus.read_clip(row, ["video"])["video"]["bytes"]
         start, end = row["start_ms"], row["end_ms"]
         with media.VideoReader(source) as reader:
-            want = [f for f in reader.frames() if start <= media.floor_ms(f.time_us) < end]
+            want = [f for f in reader if start <= media.floor_ms(f.time_us) < end]
             pictures = [f.picture.to_ndarray(format="gray") for f in want]
         with media.VideoReader(clip) as reader:
-            got = [f.picture.to_ndarray(format="gray") for f in reader.frames()]
+            got = [f.picture.to_ndarray(format="gray") for f in reader]
         assert len(got) == len(pictures)
         for index in (0, -1):
             assert np.array_equal(got[index], pictures[index]), row["clip_id"]
