@@ -8,14 +8,12 @@ import wave
 import numpy as np
 import pytest
 
-from dataengine.models.signals_audio import (
+from dataengine.models.signals_audio import describe_audio, find_tempo, measure_audio
+from dataengine.models.voice import (
     RATE,
     SPEECH_SEEN,
     build_voice_detector,
-    describe_audio,
-    find_tempo,
     levels_db,
-    measure_audio,
     power_spectra,
     speech_ratio,
 )

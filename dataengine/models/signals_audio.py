@@ -9,26 +9,26 @@ sounds with known truth.
 Legend: T frames of 64 ms every 10 ms, F frequency bins.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from dataengine.errors import DependencyError
+from dataengine.models.voice import (
+    FFT,
+    FRAMES_PER_S,
+    RATE,
+    SILENT_DB,
+    SPEECH_SEEN,
+    VoiceDetector,
+    build_voice_detector,
+    levels_db,
+    pitch_track,
+    power_spectra,
+    speech_share,
+)
 
-RATE = 16000
-"""Sample rate of every waveform here, in Hz."""
-
-_WINDOW, _HOP, _FFT = 1024, 160, 2048
-_FRAMES_PER_S = RATE // _HOP
 _MAX_S = 60
-_SILENT_DB = -55.0  # dBFS; a studio's noise floor, and 32 dB under the broadcast level of -23
-
-SPEECH_SEEN = 0.12
-"""Least share of speech for it to be mentioned."""
-
-VoiceDetector = Callable[[np.ndarray], np.ndarray]
-"""int16 mono samples at 16 kHz -> bool per whole frame of 30 ms."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,120 +57,6 @@ class AudioSignals:
     """Beats per minute, where rises come at regular intervals."""
 
 
-def build_voice_detector() -> VoiceDetector:
-    """Returns the WebRTC voice activity detector that pocketsphinx carries.
-
-    Raises:
-        DependencyError: If pocketsphinx is not installed.
-    """
-    try:
-        from pocketsphinx import Vad
-    except ImportError as error:
-        raise DependencyError(
-            "Missing package: pocketsphinx (voice activity detection)", "uv sync --extra ingest"
-        ) from error
-    vad = Vad(mode=Vad.MEDIUM_STRICT, sample_rate=RATE, frame_length=0.03)
-    num = vad.frame_bytes // 2
-
-    def detect(samples: np.ndarray) -> np.ndarray:
-        whole = samples[: len(samples) // num * num].astype("<i2").reshape(-1, num)
-        return np.array([vad.is_speech(frame.tobytes()) for frame in whole], bool)
-
-    return detect
-
-
-def power_spectra(waveform: np.ndarray) -> np.ndarray:
-    """Returns float32 power spectra [T, F] of a waveform; one frame at least, zero-padded."""
-    short = max(0, _WINDOW - len(waveform))
-    padded = np.pad(waveform.astype(np.float32), (0, short))
-    frames = np.lib.stride_tricks.sliding_window_view(padded, _WINDOW)[::_HOP]
-    spectra = np.fft.rfft(frames * np.hanning(_WINDOW).astype(np.float32), _FFT, axis=1)
-    return (spectra.real**2 + spectra.imag**2).astype(np.float32)
-
-
-def levels_db(spectra_TF: np.ndarray, low_hz: int = 0, high_hz: int = RATE) -> np.ndarray:
-    """Returns the level of each frame's band in dB below full scale (a full sine is -3 dB)."""
-    # Parseval: one-sided power over FFT length and window energy.
-    energy = np.sum(np.hanning(_WINDOW) ** 2) * _FFT / 2
-    band = spectra_TF[:, low_hz * _FFT // RATE : high_hz * _FFT // RATE]
-    return 10 * np.log10(band.sum(axis=1) / energy + 1e-12)
-
-
-def pitch_track(spectra_TF: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the pitch of each frame in semitones and how periodic it is, both [T].
-
-    Autocorrelation of the 80-1500 Hz band over lags of 75-400 Hz, divided by the window's own
-    (Boersma 1993); of the peaks within 8 % of the highest the shortest lag wins, which avoids
-    octave errors.
-    """
-    band = spectra_TF.copy()
-    band[:, : 80 * _FFT // RATE] = 0
-    band[:, 1500 * _FFT // RATE :] = 0
-    correlation = np.fft.irfft(band, axis=1)[:, : RATE // 75 + 1]
-    window = np.fft.irfft(np.abs(np.fft.rfft(np.hanning(_WINDOW), _FFT)) ** 2)
-    first = RATE // 400
-    lags = correlation[:, first:] / (correlation[:, :1] + 1e-9)
-    lags /= (window[first : first + lags.shape[1]] / window[0]).astype(np.float32)
-    best = lags.max(axis=1)
-    peak = lags >= 0.92 * best[:, None]
-    peak[:, 1:-1] &= (lags[:, 1:-1] >= lags[:, :-2]) & (lags[:, 1:-1] >= lags[:, 2:])
-    lag = first + np.where(peak.any(axis=1), peak.argmax(axis=1), lags.argmax(axis=1))
-    return 12 * np.log2(RATE / lag), best
-
-
-def speech_windows(spectra_TF: np.ndarray, voice: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns, per one-second window (every half second), whether speech is heard, and anything.
-
-    Speech is voiced in part, its pitch glides (music holds notes, noise jumps), and its level
-    rises and falls with the syllables. The voice detector alone calls nearly every tone, noise
-    and music speech. Measured, with `SPEECH_SEEN` as the line: 12 of 12 real tracks with speech
-    pass it, and 2 of 13 without: one is sung, in one a dog barks.
-
-    Args:
-        spectra_TF: Of `power_spectra`.
-        voice: The detector's answers, one per 30 ms.
-
-    Returns:
-        Two bool arrays of one length; speech is only where something is heard.
-    """
-    semitones, periodicity = pitch_track(spectra_TF)
-    level = levels_db(spectra_TF, 80, 4000)
-    loudest = np.percentile(level, 95)
-    voiced = (periodicity > 0.55) & (level > loudest - 30) & (level > _SILENT_DB)
-    step = np.abs(np.diff(semitones, append=semitones[-1]))
-    both = voiced & np.roll(voiced, -1)
-    both[-1] = False
-    answers, heard = [], []
-    for start in range(0, max(1, len(level) - _FRAMES_PER_S + 1), _FRAMES_PER_S // 2):
-        part = slice(start, start + _FRAMES_PER_S)
-        steps = step[part][both[part]]
-        detected = voice[start // 3 : (start + _FRAMES_PER_S) // 3]
-        heard.append(bool((level[part] > max(_SILENT_DB, loudest - 30)).mean() > 0.25))
-        if not heard[-1] or len(steps) < 6 or not len(detected):
-            answers.append(False)
-            continue
-        low, high = np.percentile(level[part], [10, 90])
-        answers.append(
-            detected.mean() > 0.5
-            and 0.2 < voiced[part].mean() < 0.97
-            and ((steps > 0.05) & (steps < 1.5)).mean() > 0.35
-            and (steps >= 1.5).mean() < 0.3
-            and high - low > 11
-        )
-    return np.array(answers, bool), np.array(heard, bool)
-
-
-def speech_ratio(waveform: np.ndarray, detector: VoiceDetector) -> float:
-    """Returns the share, in [0, 1], of the audible one-second windows that sound like speech."""
-    return _speech_share(power_spectra(waveform), waveform, detector)
-
-
-def _speech_share(spectra_TF: np.ndarray, waveform: np.ndarray, detector: VoiceDetector) -> float:
-    voice = detector((np.clip(waveform, -1, 1) * 32767).astype(np.int16))
-    speech, heard = speech_windows(spectra_TF, voice)
-    return float(speech.sum() / max(1, heard.sum()))
-
-
 def find_tone(spectra_TF: np.ndarray, loud: np.ndarray) -> tuple[float | None, float]:
     """Returns the frequency in Hz of a tone that carries the loud frames, and its glide.
 
@@ -179,13 +65,13 @@ def find_tone(spectra_TF: np.ndarray, loud: np.ndarray) -> tuple[float | None, f
     from start to end.
     """
     frames = spectra_TF[loud]
-    if len(frames) < max(_FRAMES_PER_S // 2, 0.6 * len(spectra_TF)):
+    if len(frames) < max(FRAMES_PER_S // 2, 0.6 * len(spectra_TF)):
         return None, 0.0
     top = frames[:, 4:].argmax(axis=1) + 4
     near = np.arange(-4, 5)
     around = np.take_along_axis(frames, np.clip(top[:, None] + near, 0, frames.shape[1] - 1), 1)
     share = around.sum(axis=1) / (frames.sum(axis=1) + 1e-12)
-    hz = (around * (top[:, None] + near)).sum(axis=1) / around.sum(axis=1) * RATE / _FFT
+    hz = (around * (top[:, None] + near)).sum(axis=1) / around.sum(axis=1) * RATE / FFT
     octaves = np.log2(hz)
     jumps = np.abs(np.diff(octaves)) > 0.03
     if np.median(share) < 0.6 or jumps.sum() > max(1, 0.005 * len(jumps)):
@@ -215,7 +101,7 @@ def find_tempo(onsets: np.ndarray) -> float | None:
     programming"). A beat must return: the envelope correlates with itself one and two beats
     later. Measured: clicks and drum loops above 0.5, speech and wind below 0.3.
     """
-    if len(onsets) < 2.5 * _FRAMES_PER_S or np.sort(onsets)[-4] < 2:  # four rises of 2 dB
+    if len(onsets) < 2.5 * FRAMES_PER_S or np.sort(onsets)[-4] < 2:  # four rises of 2 dB
         return None
     smooth = np.convolve(onsets - onsets.mean(), np.hanning(7) / np.hanning(7).sum(), "same")
     spectrum = np.abs(np.fft.rfft(smooth, 2 * len(smooth))) ** 2
@@ -223,7 +109,7 @@ def find_tempo(onsets: np.ndarray) -> float | None:
     correlation /= np.arange(len(smooth), 0, -1)
     correlation /= correlation[0] + 1e-12
     lags = np.arange(30, min(151, len(correlation) // 2))
-    bpm = 60 * _FRAMES_PER_S / lags
+    bpm = 60 * FRAMES_PER_S / lags
     weight = np.exp(-0.5 * np.log2(bpm / 120) ** 2)
     best = int(np.argmax(correlation[lags] * weight))
     lag = lags[best]
@@ -232,7 +118,7 @@ def find_tempo(onsets: np.ndarray) -> float | None:
     # A parabola through the peak and its neighbours: lags alone are 2 bpm apart.
     left, top, right = correlation[lag - 1 : lag + 2]
     shift = 0.5 * (left - right) / (left - 2 * top + right - 1e-12)
-    return float(60 * _FRAMES_PER_S / (lag + np.clip(shift, -0.5, 0.5)))
+    return float(60 * FRAMES_PER_S / (lag + np.clip(shift, -0.5, 0.5)))
 
 
 def measure_audio(waveform: np.ndarray, detector: VoiceDetector) -> AudioSignals:
@@ -243,12 +129,12 @@ def measure_audio(waveform: np.ndarray, detector: VoiceDetector) -> AudioSignals
     waveform = waveform[: _MAX_S * RATE]
     spectra = power_spectra(waveform)
     level = levels_db(spectra)
-    loud = level > _SILENT_DB
+    loud = level > SILENT_DB
     if not loud.any():
         return AudioSignals(-120.0, 1.0, 0.0, 0.0, 0.0, None, 0.0, 0.0, 0.0, None)
     semitones, periodicity = pitch_track(spectra)
     active = loud & (level > level.max() - 30)
-    band = spectra[active, 60 * _FFT // RATE : 6000 * _FFT // RATE] + 1e-12
+    band = spectra[active, 60 * FFT // RATE : 6000 * FFT // RATE] + 1e-12
     flatness = np.exp(np.log(band).mean(axis=1)) / band.mean(axis=1)
     centroid = spectra[active] @ np.arange(spectra.shape[1]) / spectra[active].sum(axis=1)
     tone_hz, glide = find_tone(spectra, active)
@@ -259,13 +145,13 @@ def measure_audio(waveform: np.ndarray, detector: VoiceDetector) -> AudioSignals
     return AudioSignals(
         level_db=float(10 * np.log10(np.mean(10 ** (level[loud] / 10)))),
         silence_ratio=float(1 - loud.mean()),
-        speech_ratio=_speech_share(spectra, waveform, detector),
+        speech_ratio=speech_share(spectra, waveform, detector),
         flatness=float(np.median(flatness)),
-        centroid_hz=float(np.median(centroid) * RATE / _FFT),
+        centroid_hz=float(np.median(centroid) * RATE / FFT),
         tone_hz=tone_hz,
         tone_octaves=glide,
         pitched_ratio=float(held[active].mean()),
-        onsets_per_s=float(rising.sum() * _FRAMES_PER_S / len(level)),
+        onsets_per_s=float(rising.sum() * FRAMES_PER_S / len(level)),
         tempo_bpm=find_tempo(onsets[heard[0] : heard[-1] + 1]),
     )
 

@@ -34,7 +34,7 @@ def name_texture(lightness: np.ndarray, covered: np.ndarray) -> str:
     small = cv2.resize(filled, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
     hidden = cv2.resize(covered.astype(np.uint8), small.shape[::-1]) > 0
     patterned = spread > 2.5 and edges > 0.005
-    pattern = _stripes(small, hidden) if patterned else ""
+    pattern = _stripes(small) if patterned else ""
     pattern = pattern or _dots(filled, covered, edges) or (_checks(small) if patterned else "")
     if pattern:
         return pattern
@@ -52,7 +52,7 @@ def name_texture(lightness: np.ndarray, covered: np.ndarray) -> str:
     return "detailed" if edges > 0.3 else ""
 
 
-def _stripes(picture: np.ndarray, hidden: np.ndarray) -> str:
+def _stripes(picture: np.ndarray) -> str:
     """Returns which way stripes run, if lightness depends on one direction alone, and alternates.
 
     Stripes explain 70 % of the variance by the mean along their direction, which crosses its own
@@ -65,9 +65,9 @@ def _stripes(picture: np.ndarray, hidden: np.ndarray) -> str:
         "diagonally striped": xs + ys,
         "diagonally striped ": xs - ys + picture.shape[0],
     }
-    values = picture[~hidden]
+    values = picture.ravel()
     for name, line in lines.items():
-        where = line[~hidden]
+        where = line.ravel()
         count = np.bincount(where)
         mean = np.bincount(where, values) / np.maximum(count, 1)
         explained = np.average((mean[where] - values.mean()) ** 2) / (values.var() + 1e-9)

@@ -24,7 +24,7 @@ from dataengine.models.asr import (
     TranscriberConfig,
     build_transcriber,
 )
-from dataengine.models.signals_audio import SPEECH_SEEN, build_voice_detector, speech_ratio
+from dataengine.models.voice import SPEECH_SEEN, build_voice_detector, speech_ratio
 from dataengine.records import SEGMENT_STRUCT
 from dataengine.stage import Kept, Outcome, Row, Stage, provenance
 from dataengine.stages.caption_audio import clip_waveform
