@@ -84,16 +84,22 @@ def cut(
             why = str(error)
     width, height = media.scaled_size(info.width, info.height, max_short_side)
     size = max(width // 2 * 2, 2), max(height // 2 * 2, 2)  # yuv420p needs even sides
-    try:
-        return replace(_attempt(path, info, frame_us, size, timeout_s), mode="encode", why=why)
-    except InexactCutError as error:
-        raise MediaError("cut_failed", str(error)) from error
+    problems: list[str] = []
+    for seek in (True, False):  # some containers cannot be sought exactly, some not at all
+        try:
+            clip = _attempt(path, info, frame_us, size, timeout_s, seek)
+            return replace(clip, mode="encode", why=why)
+        except InexactCutError as error:
+            problems.append(str(error))
+    raise MediaError("cut_failed", "; ".join(problems))
 
 
 def _needs_encoding(info: media.MediaInfo, max_short_side: int) -> str:
     """Returns why a video cannot be copied; empty if it can."""
     if info.video_codec not in COPIED_VIDEO:
         return f"{info.video_codec} does not fit into MP4"
+    if not info.has_times:
+        return "AVI does not say when B-frames are shown"
     if min(info.width, info.height) > max_short_side:
         return f"{info.width}x{info.height} is larger than {max_short_side}p"
     return ""
@@ -105,27 +111,41 @@ def _attempt(
     frame_us: Sequence[int],
     size: tuple[int, int] | None,
     timeout_s: float,
+    seek: bool = True,
 ) -> Cut:
     """Returns the clip, copied or encoded at ``size``, if it comes out exactly.
+
+    Args:
+        path: As in `cut`.
+        info: As in `cut`.
+        frame_us: As in `cut`.
+        size: Width and height to encode at; None copies.
+        timeout_s: As in `cut`.
+        seek: Whether ffmpeg seeks to the start, or reads everything before it.
 
     Raises:
         InexactCutError: If ffmpeg fails, or other frames are visible than asked for.
     """
-    data = bytearray(_run_ffmpeg(path, info, frame_us, size, timeout_s))
-    before = media.read_timeline(bytes(data))
-    if not before.video_us:
-        raise InexactCutError("no frame came out")
-    zero = Fraction(before.video_us[0], 1_000_000)
+    data = bytearray(_run_ffmpeg(path, info, frame_us, size, timeout_s, seek))
     length = Fraction(frame_us[-1] - frame_us[0], 1_000_000)
-    has_audio = before.audio_us is not None and before.audio_us < (zero + length) * 1_000_000
-    set_edits(data, zero, length)
-    after = media.read_timeline(bytes(data))
-    wanted = [time_us - frame_us[0] for time_us in frame_us[:-1]]
-    if len(after.video_us) != len(wanted):
-        raise InexactCutError(f"{len(after.video_us)} frames instead of {len(wanted)}")
-    worst = max(abs(a - b) for a, b in zip(after.video_us, wanted, strict=True))
-    if worst > TOLERANCE_US:
-        raise InexactCutError(f"a frame is off by {worst / 1000:.1f} ms")
+    try:
+        packets = media.read_timeline(bytes(data), edited=False)
+        first = set_edits(data, packets.video_s, length)
+        shown = media.read_timeline(bytes(data))
+    except MediaError as error:
+        raise InexactCutError("no frame came out") from error
+    if len(shown.video_s) != len(frame_us) - 1:
+        raise InexactCutError(f"{len(shown.video_s)} frames instead of {len(frame_us) - 1}")
+    worst_us = max(
+        abs(time_s * 1_000_000 - (time_us - frame_us[0]))
+        for time_s, time_us in zip(shown.video_s, frame_us, strict=False)
+    )
+    if worst_us > TOLERANCE_US:
+        raise InexactCutError(f"a frame is off by {float(worst_us) / 1000:.1f} ms")
+    if size is None and not starts_clean(packets.codec, packets.key_packet, packets.extradata):
+        key_us = frame_us[0] + round((packets.key_s - first) * 1_000_000)
+        _compare_first(path, bytes(data), frame_us[0], key_us)
+    has_audio = shown.audio_s is not None and shown.audio_s < length
     width, height = size or (info.width, info.height)
     return Cut(bytes(data), "copy", "", width, height, has_audio)
 
@@ -136,15 +156,16 @@ def _run_ffmpeg(
     frame_us: Sequence[int],
     size: tuple[int, int] | None,
     timeout_s: float,
+    seek: bool = True,
 ) -> bytes:
     """Returns an MP4 that holds at least the wanted frames; its edit list is still ffmpeg's."""
     gap_us = min(b - a for a, b in pairwise(frame_us))
     early_us = min(EARLY_US, gap_us // 2)
-    start_us, end_us = frame_us[0] - early_us, frame_us[-1] - early_us
-    options: dict[str, object] = {"to": f"{end_us}us", "threads": 1, **media.OPEN_OPTIONS}
-    if start_us > 0:
-        options["ss"] = f"{start_us}us"
-    source = ffmpeg.input(f"file:{path}", **options)
+    # Frames too many do not matter in a copy; the edit list hides them.
+    start_us, end_us = frame_us[0] - early_us, frame_us[-1] - (early_us if size else 0)
+    span = {"to": f"{end_us}us"} | ({"ss": f"{start_us}us"} if start_us > 0 else {})
+    options: dict[str, object] = {"threads": 1, **media.OPEN_OPTIONS}
+    source = ffmpeg.input(f"file:{path}", **options, **(span if seek else {}))
     streams = [source[str(info.video_stream)]]
     if info.audio_stream is not None:
         streams.append(source[str(info.audio_stream)])
@@ -161,6 +182,7 @@ def _run_ffmpeg(
         "flags:v": "+bitexact",
         "flags:a": "+bitexact",
         "threads": 1,
+        **({} if seek else span),
     }
     if size is None:
         target["c:v"] = "copy"
@@ -195,56 +217,150 @@ def _run_ffmpeg(
             return file.read()
 
 
+# ------------------------------------------------------------------------------------- key frames
+
+
+def starts_clean(codec: str, packet: bytes, extradata: bytes) -> bool:
+    """Returns whether no picture after a key frame can depend on one before it.
+
+    In H.264 and HEVC, recovery points and open groups of pictures count as key frames too.
+
+    Args:
+        codec: libav's name of the codec.
+        packet: The key frame, in the length-prefixed form of MP4.
+        extradata: The codec's configuration record (``avcC`` or ``hvcC``).
+
+    Source: ITU-T H.264 table 7-1, H.265 table 7-1, ISO/IEC 14496-15.
+    """
+    if codec not in {"h264", "hevc"}:
+        return True
+    length_at = 4 if codec == "h264" else 21
+    if len(extradata) <= length_at:
+        return False
+    prefix = (extradata[length_at] & 3) + 1
+    position = 0
+    while position + prefix < len(packet):
+        size = int.from_bytes(packet[position : position + prefix], "big")
+        header = packet[position + prefix]
+        if codec == "h264" and header & 31 == 5:  # a slice of an IDR picture
+            return True
+        if codec == "hevc" and 16 <= header >> 1 & 63 <= 20:  # BLA or IDR
+            return True
+        position += prefix + size
+    return False
+
+
+def _compare_first(path: str, clip: bytes, first_us: int, key_us: int) -> None:
+    """Checks a clip's first frame against the source's, decoded from one key frame earlier.
+
+    Raises:
+        InexactCutError: If they differ.
+    """
+    try:
+        with media.VideoReader(clip) as reader:
+            ours = next(iter(reader))
+    except MediaError as error:
+        raise InexactCutError("the clip does not decode") from error
+    with media.VideoReader(path) as reader:
+        reader.seek(key_us - 1)
+        theirs = next((frame for frame in reader if frame.time_us >= first_us), None)
+    if (
+        theirs is None
+        or theirs.time_us != first_us
+        or not media.same_picture(ours.picture, theirs.picture)
+    ):
+        raise InexactCutError("the key frame before the clip does not stand on its own")
+
+
 # -------------------------------------------------------------------------------- MP4 edit lists
 
 
-def set_edits(data: bytearray, zero: Fraction, length: Fraction) -> None:
-    """Rewrites an MP4's edit lists, in place, so that it shows ``[zero, zero + length)``.
+def set_edits(data: bytearray, video_s: Sequence[Fraction], length: Fraction) -> Fraction:
+    """Rewrites an MP4's edit lists, in place, so that they begin with a frame and end on time.
 
-    Every track keeps its place on the common clock; what was at ``zero`` seconds comes to 0.
+    The first frame that was visible comes to time 0, and everything else keeps its distance to it.
 
     Args:
         data: An MP4 whose ``moov`` is not compressed; sizes and offsets stay as they are.
-        zero: New start, in seconds of the present presentation time.
-        length: New duration in seconds; tracks that end earlier stay shorter.
+        video_s: Ascending presentation times of all frames in the video track, edits ignored.
+        length: New duration in seconds; sound that ends earlier stays shorter.
 
-    Source: ISO/IEC 14496-12, 8.6.5 and 8.6.6.
+    Returns:
+        The item of ``video_s`` that is shown first.
+
+    Raises:
+        InexactCutError: If no frame was visible, or the file is not what ffmpeg should have made.
+
+    Source: ISO/IEC 14496-12, 8.6.5 and 8.6.6. (libav's demuxer moves the first visible frame to the
+    beginning of its edit, so it cannot be asked where sound and picture stood before.)
     """
     moov = _box(data, (0, len(data)), "moov")
     mvhd = _box(data, moov, "mvhd")
     movie_scale = _timescale(data, mvhd)
+    tracks = [
+        _read_track(data, (a, b), movie_scale)
+        for kind, a, b in _boxes(data, moov)
+        if kind == "trak"
+    ]
+    video = next((track for track in tracks if track.kind == b"vide"), None)
+    # Half a tick: ffmpeg's own edit was rounded.
+    visible = [t for t in video_s if video and t >= video.begin_s - Fraction(1, 2 * video.scale)]
+    if not video or not visible:
+        raise InexactCutError("no frame came out")
+    zero = video.delay + visible[0] - video.begin_s
     longest = 0
-    for name, start, end in _boxes(data, moov):
-        if name != "trak":
-            continue
-        trak = start, end
-        mdhd = _box(data, _box(data, trak, "mdia"), "mdhd")
-        media_scale, media_length = _timescale(data, mdhd), _duration(data, mdhd)
-        elst = _box(data, _box(data, trak, "edts"), "elst")
-        delay, media_start = _read_edits(data, elst, movie_scale)
-        delay -= zero
+    for track in tracks:
+        begin, delay = track.begin_s, track.delay - zero
         if delay < 0:  # the track begins before the clip does
-            media_start += round(-delay * media_scale)
-            delay = Fraction(0)
-        shown = max(length - delay, Fraction(0))
-        hdlr = _box(data, _box(data, trak, "mdia"), "hdlr")
-        if data[hdlr[0] + 8 : hdlr[0] + 12] == b"soun":
-            # Sound may end before the picture. (Not so for video, whose media length leaves out
-            # the delay that B-frames bring.)
-            rest = Fraction(media_length - media_start, media_scale)
-            shown = max(min(shown, rest), Fraction(0))
-        edits = [(round(shown * movie_scale), media_start)]
+            begin, delay = begin - delay, Fraction(0)
+        rest = length - delay
+        if track.kind != b"vide":
+            # Sound may end before the picture. (The media length of video says nothing about it:
+            # it leaves out the delay that B-frames bring.)
+            rest = min(rest, track.length_s - begin)
+        edits = [(round(max(rest, Fraction(0)) * movie_scale), round(begin * track.scale))]
         if round(delay * movie_scale):
             edits.insert(0, (round(delay * movie_scale), -1))
-        _write_edits(data, elst, edits)
+        _write_edits(data, track.elst, edits)
         total = sum(duration for duration, _ in edits)
-        _write_duration(data, _box(data, trak, "tkhd"), total, 20)
+        _write_duration(data, track.tkhd, total, 20)
         longest = max(longest, total)
     _write_duration(data, mvhd, longest, 16)
+    return visible[0]
 
 
 _Span = tuple[int, int]
 """Start and end of a box's content in the file."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Track:
+    """A track as its edit list leaves it: after ``delay`` it is shown from ``begin_s`` on."""
+
+    kind: bytes
+    scale: int
+    length_s: Fraction
+    delay: Fraction
+    begin_s: Fraction
+    elst: _Span
+    tkhd: _Span
+
+
+def _read_track(data: bytearray, trak: _Span, movie_scale: int) -> _Track:
+    mdia = _box(data, trak, "mdia")
+    mdhd, hdlr = _box(data, mdia, "mdhd"), _box(data, mdia, "hdlr")
+    elst = _box(data, _box(data, trak, "edts"), "elst")
+    scale = _timescale(data, mdhd)
+    delay, begin = _read_edits(data, elst, movie_scale)
+    return _Track(
+        kind=bytes(data[hdlr[0] + 8 : hdlr[0] + 12]),
+        scale=scale,
+        length_s=Fraction(_duration(data, mdhd), scale),
+        delay=delay,
+        begin_s=Fraction(begin, scale),
+        elst=elst,
+        tkhd=_box(data, trak, "tkhd"),
+    )
 
 
 def _boxes(data: bytearray, span: _Span) -> Iterator[tuple[str, int, int]]:

