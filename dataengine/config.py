@@ -13,6 +13,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from dataengine.errors import ConfigError
+from dataengine.prompts import prompt_sha256
 from dataengine.stage import Settings, Stage
 from dataengine.stages import STAGES
 
@@ -71,7 +72,7 @@ class Pipeline:
             for value in _strings(config.model_dump(mode="json"))
             if value.startswith("prompts/")
         }
-        return {file: hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in sorted(files)}
+        return {file: prompt_sha256(file) for file in sorted(files)}
 
     def resolved(self) -> str:
         """Returns the pipeline as YAML with every default written out."""

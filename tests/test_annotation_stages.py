@@ -12,7 +12,13 @@ import pyarrow as pa
 import pytest
 
 from dataengine.media import jpeg_encode
-from dataengine.models.fusion import quotation, sentence, speech_caption
+from dataengine.models.fusion import (
+    TemplateConfig,
+    TemplateFuser,
+    quotation,
+    sentence,
+    speech_caption,
+)
 from dataengine.models.lid import bundled_lid_path, normalise_prediction
 from dataengine.records import CLIP_SCHEMA
 from dataengine.stage import Drop, Kept
@@ -323,8 +329,10 @@ def test_quotations_are_data():
     assert quotation("one two three four", 10) == '"one two..."'
     assert quotation("今天天气很好我们去", 4) == '"今天天气..."'
     assert len(quotation("word " * 100, 50)) <= 55
-    assert speech_caption("Hola", "es", 50) == 'A voice says in Spanish: "Hola"'
-    assert speech_caption(" ", "es", 50) is None
+    prompt = TemplateFuser(TemplateConfig()).template
+    assert speech_caption("Hola", "es", 50, prompt) == 'A voice says in Spanish: "Hola"'
+    assert speech_caption("Hi {quote}", "en", 50, prompt) == 'A voice says: "Hi {quote}"'
+    assert speech_caption(" ", "es", 50, prompt) is None
     assert [sentence(text) for text in (None, " ", "a dog", "Wow!")] == [
         None,
         None,

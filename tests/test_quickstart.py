@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 
 
 class Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, *args):
+    def log_message(self, format, *args):
         pass
 
     def send_error(self, code, message=None, explain=None):

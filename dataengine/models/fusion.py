@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 
 from pydantic import Field
 
+from dataengine.prompts import Prompt, load_prompt
 from dataengine.stage import Settings
 
 
@@ -52,6 +53,8 @@ class TemplateConfig(Settings):
     """Joins sentences by rule."""
 
     kind: Literal["template"] = "template"
+    template: str = "prompts/fuse_template.v1.yaml"
+    """Prompt file with the sentences that quote speech; its variables are declared in it."""
     max_quote_chars: int = Field(default=160, ge=10)
     """Longest quotation of a transcript; a longer one ends at a word with an ellipsis."""
 
@@ -92,7 +95,9 @@ def quotation(text: str, max_chars: int) -> str:
     return f'"{line}"'
 
 
-def speech_caption(transcript: str | None, language: str | None, max_chars: int) -> str | None:
+def speech_caption(
+    transcript: str | None, language: str | None, max_chars: int, template: Prompt
+) -> str | None:
     """Returns what is said as a caption, or None if nothing is.
 
     A language other than English is named, as far as this module knows its name.
@@ -100,10 +105,10 @@ def speech_caption(transcript: str | None, language: str | None, max_chars: int)
     if not (transcript or "").strip():
         return None
     quote = quotation(transcript or "", max_chars)
-    foreign = (
-        "" if language in (None, "en") else f" in {_LANGUAGES.get(language, 'another language')}"
-    )
-    return f"A voice says{foreign}: {quote}"
+    if language in (None, "en"):
+        return template.render("speech", quote=quote)
+    name = _LANGUAGES.get(language, "another language")
+    return template.render("speech_foreign", quote=quote, language=name)
 
 
 def join_sentences(*parts: str | None) -> str | None:
@@ -116,17 +121,23 @@ class TemplateFuser:
 
     model = "template"
     revision = "1"
-    prompt_hash: str | None = None
 
     def __init__(self, config: TemplateConfig) -> None:
         self._max_quote_chars = config.max_quote_chars
+        self.template = load_prompt(
+            config.template,
+            {"speech": {"quote"}, "speech_foreign": {"quote", "language"}},
+        )
+        self.prompt_hash: str | None = self.template.sha256
 
     def fuse(self, captions: Sequence[Captions]) -> list[FusedCaptions]:
         """Returns the fused captions of each clip, in order."""
         return [self._fuse_one(clip) for clip in captions]
 
     def _fuse_one(self, clip: Captions) -> FusedCaptions:
-        speech = speech_caption(clip.transcript, clip.language, self._max_quote_chars)
+        speech = speech_caption(
+            clip.transcript, clip.language, self._max_quote_chars, self.template
+        )
         return FusedCaptions(
             speech=speech,
             audio_video=join_sentences(clip.video, clip.audio),

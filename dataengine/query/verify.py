@@ -216,5 +216,5 @@ def _decoded(mp4: bytes, frames: list[bytes], duration_ms: int) -> Iterator[str]
             yield f"frames from {times_ms[0]} to {times_ms[-1]} ms in {duration_ms} ms of video"
         for frame in frames:
             media.jpeg_decode(frame)
-    except MediaError as error:
+    except (MediaError, ValueError) as error:
         yield f"media does not decode: {error}"
