@@ -58,7 +58,7 @@ class Pipeline:
     def fingerprint(self) -> str:
         """Hash of all that changes what a clip holds: stages, their settings, their prompts."""
         content = {
-            cls.name: config.model_dump(mode="json", exclude={"resources"})
+            cls.name: config.model_dump(mode="json", exclude=set(config.neutral))
             for cls, config in self.stages
         }
         text = json.dumps([content, self.prompt_hashes()], sort_keys=True)

@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -25,6 +25,7 @@ from dataengine.errors import ConfigError, CorpusError
 from dataengine.progress import ProgressDisplay, Snapshot
 from dataengine.report import write_report
 from dataengine.sources import Plan, make_plan
+from dataengine.stages.download import DownloadStage
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ def ingest(
     """
     start = time.time()
     corpus = Corpus.create(corpus_url)
+    pipeline = _with_cache(pipeline, corpus)
     with _locked(corpus), tempfile.TemporaryDirectory(prefix="dataengine-") as folder:
         parts = local_ledger(corpus, Path(folder))
         plan = make_plan(words, parts, pipeline.fingerprint, Path(folder), limit)
@@ -93,6 +95,22 @@ def ingest(
         _finish_record(corpus, run_id, record, result, snapshot, seconds)
         write_report(corpus, run_id)
     return RunResult(run_id, result, seconds)
+
+
+def _with_cache(pipeline: Pipeline, corpus: Corpus) -> Pipeline:
+    """Returns the pipeline with a place for what it downloads."""
+    place = (
+        corpus.path("cache")
+        if corpus.is_local
+        else os.path.join(tempfile.gettempdir(), "dataengine-cache")
+    )
+    stages = tuple(
+        (cls, config.model_copy(update={"cache_dir": place}))
+        if isinstance(config, DownloadStage.Config) and not config.cache_dir
+        else (cls, config)
+        for cls, config in pipeline.stages
+    )
+    return replace(pipeline, stages=stages)
 
 
 def local_ledger(corpus: Corpus, folder: Path) -> list[str]:

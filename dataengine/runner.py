@@ -39,6 +39,7 @@ from dataengine.flow import WORKER_CRASHED, StageError, apply_stage, item_id, se
 from dataengine.progress import ProgressDisplay, Snapshot, StageCounts
 from dataengine.sources import Plan
 from dataengine.stage import Drop, Outcome, Resources, Row, Stage
+from dataengine.stages.download import DownloadStage, forget
 
 _WRITE_CPUS = 0.1
 """Cores reserved by a write task: it mostly waits for the disk."""
@@ -338,6 +339,11 @@ class _CorpusSink(ray.data.Datasink):
         self._fingerprint = pipeline.fingerprint
         self._max_attempts = pipeline.runtime.max_attempts
         self._shards = pipeline.shards
+        self._caches = [
+            config.cache_dir
+            for _, config in pipeline.stages
+            if isinstance(config, DownloadStage.Config) and not config.keep
+        ]
 
     def write(self, blocks: Iterable[Any], ctx: Any) -> None:
         """Writes one shard; called in a task of its own, and again if that task dies."""
@@ -355,6 +361,10 @@ class _CorpusSink(ray.data.Datasink):
             fingerprint=self._fingerprint,
             row_group_bytes=self._shards.row_group_mb << 20,
         )
+        for video in videos:
+            if records.is_url(video["source"]):
+                for cache in self._caches:
+                    forget(cache, video["video_id"])
 
     @property
     def min_bytes_per_write(self) -> int:

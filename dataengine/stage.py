@@ -97,6 +97,9 @@ class Stage:
     class Config(Settings):
         """Settings of a stage; subclasses add theirs."""
 
+        neutral: ClassVar[frozenset[str]] = frozenset({"resources"})
+        """Settings that change how a stage works but not what a clip holds."""
+
         resources: Resources = Resources()
         """What an actor of this stage needs."""
 

@@ -74,13 +74,17 @@ def test_what_is_no_pipeline_is_one_clear_error(write, text):
 
 
 def test_set_changes_a_setting_and_the_fingerprint(write):
-    path = write("name: x\nstages:\n  download:\n    retries: 1\n")
+    path = write("name: x\nstages:\n  download:\n    retries: 1\n  segment: {}\n")
     plain = load_pipeline(path)
-    changed = load_pipeline(path, ["stages.download.retries=5", "runtime.max_attempts=9"])
-    assert changed.stages[0][1].model_dump()["retries"] == 5
+    changed = load_pipeline(path, ["stages.segment.num_frames=5", "runtime.max_attempts=9"])
+    assert changed.stages[1][1].model_dump()["num_frames"] == 5
     assert changed.runtime.max_attempts == 9
     assert changed.fingerprint != plain.fingerprint
-    for harmless in ("runtime.max_attempts=9", "stages.download.resources.num_cpus=3"):
+    for harmless in (
+        "runtime.max_attempts=9",
+        "stages.download.resources.num_cpus=3",
+        "stages.download.retries=9",
+    ):
         assert load_pipeline(path, [harmless]).fingerprint == plain.fingerprint
     with pytest.raises(ConfigError, match="expected KEY=VALUE"):
         load_pipeline(path, ["stages.download.retries"])

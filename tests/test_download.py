@@ -12,6 +12,7 @@ from dataengine.stage import Drop, Kept
 from dataengine.stages.download import (
     DownloadStage,
     classify_yt_dlp,
+    forget,
     parse_subtitles,
     sidecars,
     subtitle_language,
@@ -96,6 +97,10 @@ def test_a_file_is_fetched_once_and_kept_under_its_id(server, tmp_path):
     hits = Handler.hits["ok"]
     fetch(url, tmp_path)
     assert Handler.hits["ok"] == hits, "the cache was not used"
+    forget(str(tmp_path), records.url_video_id(url)[:-1])
+    assert os.listdir(tmp_path), "another video's file was removed"
+    forget(str(tmp_path), records.url_video_id(url))
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,7 @@ def test_every_source_ends_once_with_clips_or_a_reason(corridor):
         "missing.mp4": ("dropped", "missing_file"),
     }
     assert "Report:" in corridor["first"].stderr
+    assert list((corridor["corpus"] / "cache").iterdir()) == [], "what was fetched stayed behind"
 
 
 def test_the_corpus_verifies_down_to_the_last_frame(corridor):

@@ -7,14 +7,16 @@ cache under the video's id, never under a name that the remote side chose, and a
 when complete.
 """
 
+import glob
 import logging
 import os
 import re
+import shutil
 import uuid
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
@@ -136,8 +138,15 @@ class DownloadStage(Stage):
     class Config(Stage.Config):
         """Settings of the download stage."""
 
+        neutral: ClassVar[frozenset[str]] = frozenset(
+            {"resources", "cache_dir", "keep", "timeout_s", "retries"}
+        )
+
         cache_dir: str = ""
-        """Folder for fetched files; it must be one that every node sees. Empty: CORPUS/cache."""
+        """Folder for fetched files. Empty: ``cache`` in a local corpus, else a temporary folder of
+        the node, which suits pipelines whose segment stage is colocated."""
+        keep: bool = False
+        """Whether fetched files stay in the cache when their clips are committed."""
         max_file_mb: int = Field(default=4096, ge=1)
         """Larger files are dropped as too_large."""
         timeout_s: float = Field(default=30, gt=0)
@@ -286,6 +295,15 @@ class DownloadStage(Stage):
                 "license": info.get("license"),
             },
         }
+
+
+def forget(cache_dir: str, video_id: str) -> None:
+    """Removes what was fetched for a video."""
+    for path in Path(cache_dir).glob(f"{glob.escape(video_id)}*"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.stem == video_id:
+            path.unlink(missing_ok=True)
 
 
 def _local(source: str) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
-import av
 import cv2
 import numpy as np
 import pyarrow as pa
@@ -254,11 +253,11 @@ class _Pass:
             tuple(clip | ({"_video": video} if "_drop" in clip else whole) for clip in clips)
         )
 
-    def _hold(self, picture: av.VideoFrame) -> av.VideoFrame:
+    def _hold(self, picture: media.Picture) -> media.Picture:
         if self.shrink_first:
             return media.scale_picture(picture, self.info, self.config.frame_short_side)
         return picture
 
-    def _jpeg(self, picture: av.VideoFrame) -> bytes:
+    def _jpeg(self, picture: media.Picture) -> bytes:
         rgb = media.upright_rgb(picture, self.info, self.config.frame_short_side)
         return media.jpeg_encode(rgb, self.config.jpeg_quality)
