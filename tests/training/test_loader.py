@@ -118,6 +118,16 @@ def test_clips_without_a_caption_are_no_part_of_the_index(write_corpus, make_row
     assert "video-0_1000_2000" in caplog.text
 
 
+def test_corpus_without_captions_names_the_columns_that_have_text(write_corpus, make_row):
+    corpus = write_corpus([make_row(0, i, caption_video="a", caption_av="b") for i in range(3)])
+    with pytest.raises(CorpusError, match="No clip with a caption") as caught:
+        open_index(corpus, "caption")
+    hint = "--set data.caption=caption_video (columns with text: caption_video, caption_av)"
+    assert caught.value.hint == hint
+    with pytest.raises(CorpusError, match="No clip with a caption"):
+        open_index(write_corpus([], "empty"), "caption")
+
+
 def test_subset_chooses_clips_by_id(write_corpus, make_row, tmp_path):
     corpus = write_corpus([make_row(0, i, caption=str(i)) for i in range(30)])
     (tmp_path / "corpus" / "subsets").mkdir()

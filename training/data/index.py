@@ -127,9 +127,12 @@ def open_index(data: str, caption: str) -> ClipIndex:
             "%d clips have no %s and are left out, the first is %s", num_bare, caption, first_bare
         )
     if not sum(map(len, videos)):
+        filled = _filled_captions(corpus)
         raise CorpusError(
             f"No clip with a {caption} in {data}",
-            "run dataengine ingest, or choose another column with --set data.caption=...",
+            f"--set data.caption={filled[0]} (columns with text: {', '.join(filled)})"
+            if filled
+            else "no caption column has text: run an ingest pipeline that captions",
         )
     shard_N, row_group_N, row_N = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     return ClipIndex(
@@ -165,6 +168,14 @@ def arrow_filesystem(corpus: Corpus) -> arrow_fs.FileSystem:
     if corpus.is_local:
         return arrow_fs.LocalFileSystem()
     return arrow_fs.PyFileSystem(arrow_fs.FSSpecHandler(corpus.fs))
+
+
+def _filled_captions(corpus: Corpus) -> list[str]:
+    """Returns the caption columns that hold text for any clip."""
+    schema = records.CATALOG_SCHEMA
+    names = [f.name for f in schema if f.name.startswith("caption") and f.type == pa.string()]
+    table = corpus.catalog(names)
+    return [name for name in names if table[name].null_count < len(table)]
 
 
 def _subset_ids(corpus: Corpus, name: str) -> pa.Array:
