@@ -34,6 +34,8 @@ MOVIE_TIMESCALE = 90_000
 """Ticks per second of edit lists: fine enough to fall between any two frames."""
 EARLY_US = 4_000
 """How long before the first frame ffmpeg is told to start, so that rounding cannot lose it."""
+REFRESH_US = 10_000_000
+"""Time after which a picture that is refreshed bit by bit is whole again, whatever came before."""
 TOLERANCE_US = 1_000
 """A container that counts in milliseconds moves frames by up to half of one."""
 
@@ -85,9 +87,10 @@ def cut(
     width, height = media.scaled_size(info.width, info.height, max_short_side)
     size = max(width // 2 * 2, 2), max(height // 2 * 2, 2)  # yuv420p needs even sides
     problems: list[str] = []
-    for seek in (True, False):  # some containers cannot be sought exactly, some not at all
+    # Some containers cannot be sought exactly, some not at all.
+    for lead_us in (_safe_lead_us(path, frame_us[0]), None):
         try:
-            clip = _attempt(path, info, frame_us, size, timeout_s, seek)
+            clip = _attempt(path, info, frame_us, size, timeout_s, lead_us)
             return replace(clip, mode="encode", why=why)
         except InexactCutError as error:
             problems.append(str(error))
@@ -111,7 +114,7 @@ def _attempt(
     frame_us: Sequence[int],
     size: tuple[int, int] | None,
     timeout_s: float,
-    seek: bool = True,
+    lead_us: int | None = 0,
 ) -> Cut:
     """Returns the clip, copied or encoded at ``size``, if it comes out exactly.
 
@@ -121,12 +124,12 @@ def _attempt(
         frame_us: As in `cut`.
         size: Width and height to encode at; None copies.
         timeout_s: As in `cut`.
-        seek: Whether ffmpeg seeks to the start, or reads everything before it.
+        lead_us: How long before the clip decoding begins at the latest; None at the file's start.
 
     Raises:
         InexactCutError: If ffmpeg fails, or other frames are visible than asked for.
     """
-    data = bytearray(_run_ffmpeg(path, info, frame_us, size, timeout_s, seek))
+    data = bytearray(_run_ffmpeg(path, info, frame_us, size, timeout_s, lead_us))
     length = Fraction(frame_us[-1] - frame_us[0], 1_000_000)
     try:
         packets = media.read_timeline(bytes(data), edited=False)
@@ -156,16 +159,24 @@ def _run_ffmpeg(
     frame_us: Sequence[int],
     size: tuple[int, int] | None,
     timeout_s: float,
-    seek: bool = True,
+    lead_us: int | None,
 ) -> bytes:
     """Returns an MP4 that holds at least the wanted frames; its edit list is still ffmpeg's."""
     gap_us = min(b - a for a, b in pairwise(frame_us))
     early_us = min(EARLY_US, gap_us // 2)
     # Frames too many do not matter in a copy; the edit list hides them.
     start_us, end_us = frame_us[0] - early_us, frame_us[-1] - (early_us if size else 0)
-    span = {"to": f"{end_us}us"} | ({"ss": f"{start_us}us"} if start_us > 0 else {})
+    # Options before the input seek in it, those before the output leave out what was decoded.
+    seek_us = 0 if lead_us is None else max(start_us - lead_us, 0)
     options: dict[str, object] = {"threads": 1, **media.OPEN_OPTIONS}
-    source = ffmpeg.input(f"file:{path}", **options, **(span if seek else {}))
+    if seek_us:
+        options["ss"] = f"{seek_us}us"
+    trim: dict[str, object] = {}
+    if lead_us == 0:
+        options["to"] = f"{end_us}us"
+    else:
+        trim = {"ss": f"{max(start_us - seek_us, 0)}us", "to": f"{end_us - seek_us}us"}
+    source = ffmpeg.input(f"file:{path}", **options)
     streams = [source[str(info.video_stream)]]
     if info.audio_stream is not None:
         streams.append(source[str(info.audio_stream)])
@@ -182,7 +193,7 @@ def _run_ffmpeg(
         "flags:v": "+bitexact",
         "flags:a": "+bitexact",
         "threads": 1,
-        **({} if seek else span),
+        **trim,
     }
     if size is None:
         target["c:v"] = "copy"
@@ -220,6 +231,11 @@ def _run_ffmpeg(
 # ------------------------------------------------------------------------------------- key frames
 
 
+def _safe_lead_us(path: str, time_us: int) -> int:
+    """Returns how long before a time decoding has to begin for whole pictures at that time."""
+    return 0 if starts_clean(*media.read_key_packet(path, time_us)) else REFRESH_US
+
+
 def starts_clean(codec: str, packet: bytes, extradata: bytes) -> bool:
     """Returns whether no picture after a key frame can depend on one before it.
 
@@ -227,27 +243,32 @@ def starts_clean(codec: str, packet: bytes, extradata: bytes) -> bool:
 
     Args:
         codec: libav's name of the codec.
-        packet: The key frame, in the length-prefixed form of MP4.
-        extradata: The codec's configuration record (``avcC`` or ``hvcC``).
+        packet: The key frame, with lengths in front of its units (MP4) or start codes (the rest).
+        extradata: The codec's configuration record (``avcC`` or ``hvcC``), else no matter what.
 
     Source: ITU-T H.264 table 7-1, H.265 table 7-1, ISO/IEC 14496-15.
     """
     if codec not in {"h264", "hevc"}:
         return True
-    length_at = 4 if codec == "h264" else 21
-    if len(extradata) <= length_at:
-        return False
-    prefix = (extradata[length_at] & 3) + 1
-    position = 0
-    while position + prefix < len(packet):
-        size = int.from_bytes(packet[position : position + prefix], "big")
-        header = packet[position + prefix]
+    for header in _unit_headers(packet, extradata, 4 if codec == "h264" else 21):
         if codec == "h264" and header & 31 == 5:  # a slice of an IDR picture
             return True
         if codec == "hevc" and 16 <= header >> 1 & 63 <= 20:  # BLA or IDR
             return True
-        position += prefix + size
     return False
+
+
+def _unit_headers(packet: bytes, extradata: bytes, length_at: int) -> Iterator[int]:
+    """Yields the first byte of each NAL unit; ``length_at`` is where the record tells their form."""
+    if extradata[:1] == b"\x01" and len(extradata) > length_at:
+        prefix = (extradata[length_at] & 3) + 1
+        position = 0
+        while position + prefix < len(packet):
+            yield packet[position + prefix]
+            position += prefix + int.from_bytes(packet[position : position + prefix], "big")
+    else:
+        for unit in packet.split(b"\x00\x00\x01")[1:]:
+            yield from unit[:1]
 
 
 def _compare_first(path: str, clip: bytes, first_us: int, key_us: int) -> None:

@@ -452,9 +452,14 @@ def read_audio(source: str | bytes, rate: int = 16_000) -> np.ndarray:
                 length += len(pieces[-1])
         if pieces:
             pieces += [piece.to_ndarray().reshape(-1) for piece in resampler.resample(None)]
+        # libav decodes the last packet whole, also where an MP4's edit list ends inside it.
+        length = None
+        if "mp4" in container.format.name and stream.duration:
+            end = _rescale_us((stream.start_time or 0) + stream.duration, stream.time_base)
+            length = (end - start_us) * rate // 1_000_000
     if not pieces:
         return np.zeros(0, np.float32)
-    return np.clip(np.concatenate(pieces), -1.0, 1.0)
+    return np.clip(np.concatenate(pieces)[:length], -1.0, 1.0)
 
 
 def _sounds(container: Any, stream: Any) -> Iterator[av.AudioFrame]:
@@ -527,3 +532,21 @@ def read_timeline(data: bytes, edited: bool = True) -> Timeline:
         extradata = bytes(stream.codec_context.extradata or b"")
         codec = stream.codec_context.codec.canonical_name
     return Timeline(sorted(video_s), audio_s, *key, codec, extradata)
+
+
+def read_key_packet(path: str, time_us: int) -> tuple[str, bytes, bytes]:
+    """Returns the packet at which decoding begins for a frame at the given time.
+
+    Returns:
+        Name of the codec, the packet, the codec's configuration record.
+
+    Raises:
+        MediaError: See `probe`.
+    """
+    with _open(path) as container:
+        stream = _video_stream(container)
+        container.seek(max(time_us, 0) + (container.start_time or 0), backward=True)
+        packet = next(container.demux(stream), None)
+        extradata = bytes(stream.codec_context.extradata or b"")
+        name = stream.codec_context.codec.canonical_name
+        return name, bytes(packet) if packet is not None else b"", extradata

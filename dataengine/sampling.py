@@ -90,7 +90,7 @@ class FrameSampler:
             oldest = self._recent.popleft()
             if not self._grid or self._bin(oldest) != self._bin(self._grid[-1]):
                 self._grid.append(oldest)
-        if len(self._grid) > 4 * self._num_frames:
+        while len(self._grid) > 4 * self._num_frames:
             self._thin()
 
     def take(self, spans_us: Sequence[tuple[int, int]]) -> list[list[tuple[int, bytes]]]:

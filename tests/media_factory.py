@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Renders tiny videos whose every frame is known: its number stands in it as a row of bits.
 
-A frame is one colour per shot, a grey block that moves 2 px a frame, and 12 squares along the top
+A frame is one colour per shot, a grey block that goes to and fro at 2 px a frame, and 12 squares along the top
 that spell the frame's number in black and white. `frame_number` reads it back, after any codec.
 """
 
@@ -36,7 +36,7 @@ def draw(number: int, colour: tuple[int, int, int], size: tuple[int, int]) -> np
     """Returns frame ``number``, uint8 RGB."""
     picture = np.empty((HEIGHT, WIDTH, 3), np.uint8)
     picture[:] = colour
-    left = (number * 2) % (WIDTH - 40)
+    left = abs((number * 2) % (2 * (WIDTH - 40)) - (WIDTH - 40))
     picture[70:110, left : left + 40] = 128
     for bit in range(BITS):
         value = 255 if number >> bit & 1 else 0

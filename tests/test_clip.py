@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: Apache-2.0
+import io
+import struct
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from dataengine import cut as cut_module
+from dataengine import media
+from dataengine.cut import Cut, cut, starts_clean
+from dataengine.errors import MediaError
+from dataengine.stage import Drop, Kept
+from dataengine.stages.clip import ClipConfig, ClipStage
+from tests.media_factory import (
+    INTRA_REFRESH,
+    OPEN_GOP,
+    decode_all,
+    frame_number,
+    make_video,
+)
+from tests.test_media import clicks
+
+VFR = [n / 25 + (n % 3) * 0.009 + (0.5 if n > 70 else 0) for n in range(150)]
+HEVC = {"x265-params": "keyint=12:open-gop=1:log-level=none"}
+SPANS = [(0, 50), (50, 90), (90, 150), (13, 14), (24, 36), (0, 150)]
+"""From the start, inside, to the end, one frame, from key frame to key frame, everything."""
+
+
+def source(path: Path) -> tuple[media.MediaInfo, list[int], list[np.ndarray]]:
+    """Returns a video's facts, its frame times with the end behind, and its raw pictures."""
+    with media.VideoReader(str(path)) as reader:
+        frames = list(reader)
+        times = [frame.time_us for frame in frames]
+        times.append(frames[-1].time_us + frames[-1].duration_us)
+        return reader.info, times, [frame.picture.to_ndarray() for frame in frames]
+
+
+def frame_numbers(clip: Cut) -> list[int]:
+    with media.VideoReader(clip.data) as reader:
+        return [
+            frame_number(media.upright_rgb(frame.picture, reader.info, 10_000)) for frame in reader
+        ]
+
+
+def assert_times(clip: Cut, wanted_us: list[int]) -> None:
+    shown_us = [float(time_s) * 1e6 for time_s, _ in decode_all(clip.data)]
+    assert shown_us == pytest.approx([t - wanted_us[0] for t in wanted_us], abs=600)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("cfr.mp4", {"audio": "aac"}),
+        ("vfr.mp4", {"times_s": VFR}),
+        ("late.mp4", {"start_s": 0.85, "audio": "aac"}),
+        ("rotated.mp4", {"rotation": 90}),
+        ("open_gop.mp4", {"options": OPEN_GOP}),
+        ("open_gop.mkv", {"options": OPEN_GOP, "audio": "libmp3lame"}),
+        ("hevc.mp4", {"codec": "libx265", "options": HEVC}),
+        ("sound.mov", {"audio": "pcm_s16le"}),
+        ("mpeg4.avi", {"codec": "mpeg4"}),
+        ("two.mp4", {"second_video": True}),
+        ("ntsc.mp4", {"fps": 30000 / 1001}),
+        ("ten_bits.mp4", {"pix_fmt": "yuv420p10le"}),
+    ],
+)
+def test_copied_clips_show_the_sources_own_frames(name, arguments, tmp_path):
+    path = make_video(tmp_path / name, **arguments)
+    info, times, pictures = source(path)
+    for first, after in SPANS:
+        clip = cut(str(path), info, times[first : after + 1])
+        assert (clip.mode, clip.why) == ("copy", "")
+        shown = decode_all(clip.data)
+        assert len(shown) == after - first, (first, after)
+        for (_, ours), theirs in zip(shown, pictures[first:after], strict=True):
+            assert np.array_equal(ours, theirs), (first, after)
+        assert_times(clip, times[first:after])
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "why"),
+    [
+        ("vp8.webm", {"codec": "libvpx", "audio": "libopus"}, "vp8 does not fit into MP4"),
+        ("b_frames.avi", {}, "AVI does not say when B-frames are shown"),
+        ("large.mp4", {"size": (960, 736)}, "960x736 is larger than 720p"),
+        ("vfr.webm", {"codec": "libvpx", "times_s": VFR}, "vp8 does not fit into MP4"),
+    ],
+)
+def test_what_cannot_be_copied_is_encoded_to_the_frame(name, arguments, why, tmp_path):
+    path = make_video(tmp_path / name, shot_frames=(30, 30), **arguments)
+    info, times, _ = source(path)
+    for first, after in [(0, 30), (30, 60), (13, 14)]:
+        clip = cut(str(path), info, times[first : after + 1])
+        assert (clip.mode, clip.why) == ("encode", why)
+        assert frame_numbers(clip) == list(range(first, after))
+        assert_times(clip, times[first:after])
+        assert media.probe(clip.data).video_codec == "h264"
+
+
+def test_encoded_clips_are_shrunk_to_even_sizes(tmp_path):
+    path = make_video(tmp_path / "a.mp4", shot_frames=(20,), size=(500, 300), rotation=90)
+    info, times, _ = source(path)
+    clip = cut(str(path), info, times, max_short_side=155)
+    shown = media.probe(clip.data)
+    assert (clip.width, clip.height) == (154, 258)
+    assert (shown.width, shown.height, shown.rotation) == (154, 258, 0)
+
+
+def test_rotation_survives_a_copy(tmp_path):
+    path = make_video(tmp_path / "a.mp4", rotation=90)
+    info, times, _ = source(path)
+    clip = cut(str(path), info, times[50:91])
+    shown = media.probe(clip.data)
+    assert (shown.rotation, shown.width, shown.height) == (90, info.width, info.height)
+
+
+def test_key_frames_that_lean_on_earlier_ones_are_not_copied(tmp_path):
+    path = make_video(tmp_path / "refresh.mp4", options=INTRA_REFRESH)
+    info, times, pictures = source(path)
+    clip = cut(str(path), info, times[50:91])
+    assert clip.mode == "encode"
+    assert "stand on its own" in clip.why
+    assert frame_numbers(clip) == list(range(50, 90))
+    # Not half refreshed either: as good as an encoded picture can be, from the first one on.
+    for (_, ours), theirs in zip(decode_all(clip.data), pictures[50:90], strict=True):
+        assert np.abs(ours.astype(int) - theirs).mean() < 3
+
+
+@pytest.mark.parametrize(
+    ("codec", "unit", "clean"),
+    [
+        ("h264", bytes([0x65]), True),
+        ("h264", bytes([0x41]), False),
+        ("hevc", bytes([19 << 1, 1]), True),
+        ("hevc", bytes([21 << 1, 1]), False),
+        ("vp9", b"\x00", True),
+    ],
+    ids=["idr", "recovery_point", "hevc_idr", "hevc_cra", "other"],
+)
+def test_key_frames_are_told_apart(codec, unit, clean):
+    settings = struct.pack(">I", 6) + b"\x06" + bytes(5)  # some other unit in front
+    packet = settings + struct.pack(">I", len(unit)) + unit
+    assert starts_clean(codec, packet, b"\x01" + bytes([0xFF] * 30)) is clean
+
+
+# ------------------------------------------------------------------------------------------- sound
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("a.mp4", {"audio": "aac"}),
+        ("a.mov", {"audio": "pcm_s16le"}),
+        ("a.mkv", {"audio": "libmp3lame"}),
+        ("a.webm", {"audio": "libopus", "codec": "libvpx"}),
+        ("late.mp4", {"audio": "aac", "start_s": 0.85}),
+    ],
+)
+def test_sound_stays_with_its_picture(name, arguments, tmp_path):
+    path = make_video(tmp_path / name, **arguments)
+    info, times, _ = source(path)
+    clip = cut(str(path), info, times[40:121])  # shots begin 10 and 50 frames into the clip
+    assert clip.has_audio
+    sound = media.read_audio(clip.data)
+    assert clicks(sound, 16_000) == pytest.approx([0.4, 2.0], abs=0.002)
+    assert len(sound) / 16_000 == pytest.approx(3.2, abs=0.03)
+
+
+def test_a_clip_before_the_sound_begins_has_none(tmp_path):
+    path = make_video(tmp_path / "a.mp4", audio="aac", audio_start_s=3.0)
+    info, times, _ = source(path)
+    assert not cut(str(path), info, times[0:51]).has_audio
+    late = cut(str(path), info, times[50:91])
+    assert late.has_audio
+    # The next click is at 1.6 s, where the clip ends; the codec smears it a little forward.
+    assert clicks(media.read_audio(late.data)[:-80], 16_000) == []
+
+
+# -------------------------------------------------------------------------------------------- file
+
+
+def test_nothing_personal_is_copied_and_the_bytes_repeat(tmp_path):
+    tags = {"title": "SECRET", "comment": "SECRET", "location": "+48.1+011.5/"}
+    path = make_video(tmp_path / "a.mp4", metadata=tags)
+    info, times, _ = source(path)
+    assert b"SECRET" in path.read_bytes()
+    clip = cut(str(path), info, times[50:91])
+    assert b"SECRET" not in clip.data
+    assert clip.data == cut(str(path), info, times[50:91]).data
+
+
+def test_the_index_comes_before_the_media(tmp_path):
+    path = make_video(tmp_path / "a.mp4")
+    info, times, _ = source(path)
+    data = cut(str(path), info, times[50:91]).data
+    assert data.index(b"moov") < data.index(b"mdat")
+
+
+def test_a_clip_lasts_as_long_as_its_frames(tmp_path):
+    path = make_video(tmp_path / "a.mp4", audio="aac")
+    info, times, _ = source(path)
+    clip = cut(str(path), info, times[50:91])
+    with av.open(io.BytesIO(clip.data)) as container:
+        assert container.duration == 1_600_000  # pyright: ignore[reportAttributeAccessIssue]
+        for stream in container.streams:
+            assert stream.duration is not None
+            assert stream.time_base is not None
+            assert Fraction(1, 1) * stream.duration * stream.time_base == pytest.approx(1.6)
+
+
+def test_a_clip_can_be_cut_again(tmp_path):
+    path = make_video(tmp_path / "a.mp4", audio="aac")
+    info, times, pictures = source(path)
+    once = tmp_path / "once.mp4"
+    once.write_bytes(cut(str(path), info, times[50:131]).data)
+    info, times, _ = source(once)
+    twice = cut(str(once), info, times[7:32])
+    shown = decode_all(twice.data)
+    assert len(shown) == 24
+    assert all(
+        np.array_equal(ours, theirs)
+        for (_, ours), theirs in zip(shown, pictures[57:81], strict=True)
+    )
+
+
+def test_an_inexact_copy_is_encoded_instead(tmp_path, monkeypatch):
+    path = make_video(tmp_path / "a.mp4")
+    info, times, _ = source(path)
+    real = cut_module.set_edits
+
+    def one_frame_late(data, video_s, length):
+        return real(data, video_s, length - Fraction(1, 25))
+
+    calls = []
+    monkeypatch.setattr(
+        cut_module,
+        "set_edits",
+        lambda *args: (one_frame_late if not calls else real)(*args, *calls.append(1) or ()),
+    )
+    clip = cut(str(path), info, times[50:91])
+    assert (clip.mode, clip.why) == ("encode", "39 frames instead of 40")
+    assert frame_numbers(clip) == list(range(50, 90))
+
+
+# ------------------------------------------------------------------------------------------- stage
+
+
+def _row(path: Path, times: list[int]) -> dict:
+    return {"clip_id": "v_0_1", "_path": str(path), "_frame_us": times}
+
+
+def test_stage_writes_the_clip_and_how_it_was_made(tmp_path):
+    path = make_video(tmp_path / "a.mp4", audio="aac")
+    _, times, _ = source(path)
+    stage = ClipStage(ClipStage.Config())
+    stage.setup()
+    (outcome,) = stage.process([_row(path, times[50:91])])
+    assert isinstance(outcome, Kept)
+    (row,) = outcome.rows
+    assert row["video"]["path"] == "v_0_1.mp4"
+    assert len(decode_all(row["video"]["bytes"])) == 40
+    assert (row["width"], row["height"], row["has_audio"]) == (192, 128, True)
+    assert [(p["column"], p["model"]) for p in row["provenance"]] == [("video", "ffmpeg/copy")]
+    assert set(row) <= {*ClipStage.outputs.names, "provenance"}
+
+
+def test_one_clip_that_cannot_be_cut_does_not_stop_the_others(tmp_path):
+    path = make_video(tmp_path / "a.mp4")
+    _, times, _ = source(path)
+    beyond = [t + 60_000_000 for t in times[:11]]
+    bad, gone, good = ClipStage(ClipStage.Config()).process(
+        [_row(path, beyond), _row(tmp_path / "gone.mp4", times[:11]), _row(path, times[:11])]
+    )
+    assert isinstance(bad, Drop)
+    assert bad.reason == "cut_failed"
+    assert isinstance(gone, Drop)
+    assert gone.reason == "cut_failed"
+    assert isinstance(good, Kept)
+
+
+def test_a_cut_that_takes_too_long_may_be_tried_again(tmp_path):
+    path = make_video(tmp_path / "a.mp4")
+    _, times, _ = source(path)
+    stage = ClipStage(ClipConfig(timeout_s=1e-4))
+    (outcome,) = stage.process([_row(path, times)])
+    assert outcome == Drop("cut_timeout", "over 0.0001 s", retryable=True)
+
+
+def test_a_damaged_clip_is_a_media_error():
+    with pytest.raises(MediaError):
+        media.read_timeline(b"no file at all")
+
+
+def test_units_behind_start_codes_are_told_apart():
+    packet = b"\x00\x00\x00\x01\x09\xf0" + b"\x00\x00\x01\x65\x88"
+    assert starts_clean("h264", packet, b"")
+    assert not starts_clean("h264", packet[:-2] + b"\x41\x88", b"")
