@@ -29,7 +29,7 @@ def area_under_curve(positive: np.ndarray, negative: np.ndarray) -> float:
 
 def main() -> None:
     """Scores and prints."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("corpus")
     parser.add_argument("--model", help="default: the model that ships with the package")
     parser.add_argument("--column", default="caption_video")

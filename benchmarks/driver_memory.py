@@ -35,7 +35,7 @@ def ingest_peak_mb(videos: Path, corpus: Path, limit: int) -> float:
 
 def main() -> None:
     """Measures every size and prints a table and one JSON line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--sizes", type=int, nargs="+", default=[50, 500])
     parser.add_argument("--demo", type=Path, help="use and keep this folder for the demo videos")
     arguments = parser.parse_args()

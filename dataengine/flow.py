@@ -54,7 +54,7 @@ def item_id(row: Mapping[str, Any]) -> str:
 
 
 def apply_stage(
-    stage: Stage, table: pa.Table, process: Callable[[list[Row]], list[Outcome]]
+    stage: Stage, table: pa.Table, process: Callable[[list[Row]], Sequence[Outcome]]
 ) -> pa.Table:
     """Runs a stage over the living rows of a table.
 

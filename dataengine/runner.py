@@ -290,12 +290,12 @@ class _Room:
             self._control.end.remote(key)
         return outcomes
 
-    def _guarded(self, stage: Stage, batch: list[Row]) -> list[Outcome]:
+    def _guarded(self, stage: Stage, batch: list[Row]) -> Sequence[Outcome]:
         """Processes a single item, unless it has killed its worker too often."""
         key = records.digest(stage.name, item_id(batch[0]))
         crashes: int = ray.get(self._control.begin.remote(key))
         if crashes >= self._max_attempts:
-            outcomes: list[Outcome] = [
+            outcomes: Sequence[Outcome] = [
                 Drop(WORKER_CRASHED, f"killed its worker {crashes} times", retryable=True)
             ]
         else:
@@ -304,7 +304,7 @@ class _Room:
         return outcomes
 
 
-def _call(stage: Stage, batch: list[Row]) -> list[Outcome]:
+def _call(stage: Stage, batch: list[Row]) -> Sequence[Outcome]:
     """Calls a stage; what it raises is a programming error and gets a place and a name."""
     try:
         return stage.process(batch)

@@ -109,7 +109,7 @@ class Stage:
     def setup(self) -> None:
         """Loads models and opens what the actor keeps."""
 
-    def process(self, batch: Sequence[Row]) -> list[Outcome]:
+    def process(self, batch: Sequence[Row]) -> Sequence[Outcome]:
         """Turns a batch of rows into one Outcome each, in the same order."""
         raise NotImplementedError
 

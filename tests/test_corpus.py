@@ -62,8 +62,8 @@ def test_the_shard_name_depends_on_videos_and_pipeline_only(tmp_path):
         corpus = Corpus.create(str(tmp_path / folder))
         corpus.take_over("r-1")
         rows = [clip_row("a", 0, 500)]
-        args = {"run_id": "r-1", "fingerprint": fingerprint}
-        names.add(corpus.commit(clips_table(rows), [ledger_row("a", rows)], **args))
+        ledger = [ledger_row("a", rows)]
+        names.add(corpus.commit(clips_table(rows), ledger, run_id="r-1", fingerprint=fingerprint))
     assert len(names) == 2
 
 
