@@ -442,6 +442,9 @@ class _Poller:
 
 def _start_ray(address: str | None) -> None:
     debug = bool(os.environ.get("DATAENGINE_DEBUG"))
+    if not debug:
+        # Ray's C++ side warns of what it then handles; real errors come as exceptions.
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     level = logging.INFO if debug else logging.ERROR
     options: dict[str, Any] = {"logging_level": level, "log_to_driver": debug}
     if address is None and not os.environ.get("RAY_ADDRESS"):
