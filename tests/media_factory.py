@@ -71,10 +71,12 @@ def make_video(
     size: tuple[int, int] = (WIDTH, HEIGHT),
     audio: str | None = None,
     audio_start_s: float = 0.0,
+    audio_end_s: float | None = None,
     rotation: int = 0,
     second_video: bool = False,
     cover: bool = False,
     metadata: dict[str, str] | None = None,
+    index_first: bool = False,
 ) -> Path:
     """Writes a video; the suffix decides the container.
 
@@ -90,16 +92,19 @@ def make_video(
         size: Width and height.
         audio: Audio encoder. The sound is 1 kHz for 20 ms at the start of every shot, else silence.
         audio_start_s: When the sound track begins.
+        audio_end_s: When it ends; with the picture by default.
         rotation: Display rotation, counter-clockwise.
         second_video: Adds a second, larger video stream.
         cover: Adds a cover picture, before the video.
         metadata: Container tags.
+        index_first: Writes an MP4's index before its media, so that a broken off file opens.
     """
     numbers = range(sum(shot_frames))
     times = [start_s + (times_s[n] if times_s else n / fps) for n in numbers]
     shots = [shot for shot, count in enumerate(shot_frames) for _ in range(count)]
     time_base = Fraction(1, 1000) if path.suffix in {".mkv", ".webm"} or times_s else None
-    with av.open(str(path), "w", options={"use_editlist": "1"} if rotation else {}) as container:
+    options_container = {"movflags": "faststart"} if index_first else {}
+    with av.open(str(path), "w", options=options_container) as container:
         container.metadata.update(metadata or {})
         art = _add_cover(container) if cover else None
         stream: Any = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001))
@@ -137,7 +142,7 @@ def make_video(
             container.mux(other.encode(None))
         if sound is not None:
             starts = [t for t, a, b in zip(times, shots, [-1, *shots], strict=False) if a != b]
-            end_s = times[-1] + 1 / fps
+            end_s = audio_end_s or times[-1] + 1 / fps
             _encode_sound(container, sound, starts, audio_start_s, end_s)
     return path
 

@@ -175,8 +175,8 @@ def test_a_clip_before_the_sound_begins_has_none(tmp_path):
     assert not cut(str(path), info, times[0:51]).has_audio
     late = cut(str(path), info, times[50:91])
     assert late.has_audio
-    # The next click is at 1.6 s, where the clip ends; the codec smears it a little forward.
-    assert clicks(media.read_audio(late.data)[:-80], 16_000) == []
+    # The next click is at 1.6 s, where the clip ends; the last packet of sound reaches beyond it.
+    assert clicks(media.read_audio(late.data)[: 16 * 1590], 16_000) == []
 
 
 # -------------------------------------------------------------------------------------------- file
@@ -209,6 +209,35 @@ def test_a_clip_lasts_as_long_as_its_frames(tmp_path):
             assert stream.duration is not None
             assert stream.time_base is not None
             assert Fraction(1, 1) * stream.duration * stream.time_base == pytest.approx(1.6)
+
+
+def test_the_header_says_how_long_the_clip_is(tmp_path):
+    path = make_video(tmp_path / "a.mp4")
+    info, times, _ = source(path)
+    data = cut(str(path), info, times[50:91]).data
+    scale, duration = struct.unpack_from(">II", data, data.index(b"mvhd") + 16)
+    assert duration / scale == 1.6
+
+
+def test_sound_that_ends_early_is_not_made_longer(tmp_path):
+    path = make_video(tmp_path / "a.mp4", audio="aac", audio_end_s=2.8)
+    info, times, _ = source(path)
+    data = cut(str(path), info, times[50:91]).data
+    (video_ticks, _, _), (sound_ticks, _, _) = (
+        struct.unpack_from(">Iii", data, at + 12) for at in _find_all(data, b"elst")
+    )
+    assert video_ticks / cut_module.MOVIE_TIMESCALE == 1.6
+    assert sound_ticks / cut_module.MOVIE_TIMESCALE == pytest.approx(0.8, abs=0.03)
+
+
+def test_frames_at_other_times_are_refused(tmp_path):
+    path = make_video(tmp_path / "a.mp4")
+    info, times, _ = source(path)
+    wrong = times[50:91]
+    wrong[20] += 19_000
+    with pytest.raises(MediaError, match=r"a frame is off by 19\.0 ms") as caught:
+        cut(str(path), info, wrong)
+    assert caught.value.reason == "cut_failed"
 
 
 def test_a_clip_can_be_cut_again(tmp_path):
@@ -298,3 +327,7 @@ def test_units_behind_start_codes_are_told_apart():
     packet = b"\x00\x00\x00\x01\x09\xf0" + b"\x00\x00\x01\x65\x88"
     assert starts_clean("h264", packet, b"")
     assert not starts_clean("h264", packet[:-2] + b"\x41\x88", b"")
+
+
+def _find_all(data: bytes, name: bytes) -> list[int]:
+    return [at for at in range(len(data)) if data.startswith(name, at)]

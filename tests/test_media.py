@@ -158,12 +158,38 @@ def test_more_threads_give_the_same_frames(plain):
     assert np.array_equal(np.stack(again), np.stack(pictures))
 
 
-def test_what_decodes_of_a_broken_off_file_is_kept(tmp_path):
-    whole = make_video(tmp_path / "whole.mkv")
-    _, times, pictures = read_all(truncate(whole, tmp_path / "half.mkv", 0.5))
+@pytest.mark.parametrize("suffix", [".mkv", ".mp4", ".avi"])
+def test_what_decodes_of_a_broken_off_file_is_kept(suffix, tmp_path):
+    whole = make_video(tmp_path / f"whole{suffix}", index_first=suffix == ".mp4")
+    _, times, pictures = read_all(truncate(whole, tmp_path / f"half{suffix}", 0.5))
     assert 40 < len(times) < 110
     numbers = [frame_number(picture) for picture in pictures]
     assert numbers[:40] == list(range(40))
+
+
+def test_a_read_error_ends_the_video(plain, monkeypatch):
+    with media.VideoReader(str(plain)) as reader:
+        packets = reader._container.demux(reader._stream)
+
+        def broken(stream):
+            for _ in range(60):
+                yield next(packets)
+            raise OSError("disk on fire")
+
+        container = reader._container
+        monkeypatch.setattr(reader, "_container", _Broken(container, broken))
+        reader.seek(0)
+        frames = list(reader)
+        assert reader.truncated
+        reader._container = container
+    assert len(frames) == 60
+
+
+class _Broken:
+    """A container whose packets end in an error."""
+
+    def __init__(self, container, demux):
+        self.format, self.seek, self.demux = container.format, container.seek, demux
 
 
 def test_frames_are_found_by_seeking(plain):
@@ -207,13 +233,18 @@ def test_small_pictures_have_the_colours_of_converted_ones(pix_fmt, tmp_path):
             # The lower left corner is plain colour: nothing else is drawn there.
             corner = small[-4:, :4, ::-1].reshape(-1, 3).mean(axis=0)
             assert corner == pytest.approx(COLOURS[n // 2], abs=8)
+            assert frame_number(small) == n
+            # The grey block is where it was drawn: the whole picture is there, not a part of it.
+            height, width = small.shape[:2]
+            block = small[height * 90 // HEIGHT, width * (172 - 2 * n) // WIDTH].astype(int)
+            assert block == pytest.approx([128, 128, 128], abs=20)
 
 
 def test_other_pixel_layouts_are_converted(tmp_path):
     path = make_video(tmp_path / "rgb.mkv", codec="ffv1", pix_fmt="bgr0", shot_frames=(2,))
     with media.VideoReader(str(path)) as reader:
         small = media.small_bgr(next(iter(reader)).picture)
-    assert small[-1, 0, ::-1] == pytest.approx(COLOURS[0], abs=2)
+    assert small[-1, 0, ::-1].astype(int) == pytest.approx(COLOURS[0], abs=2)
     assert max(small.shape[:2]) <= media.GRID_PX
 
 
