@@ -70,14 +70,13 @@ def test_targets_of_the_first_row(same_caption, same_video, expected_targets, ex
     assert allowed[0].int().tolist() == expected_allowed
 
 
-def test_rows_that_are_not_valid_change_nothing():
+@pytest.mark.parametrize("config", RULES, ids=["identity", "caption", "video"])
+def test_rows_that_are_not_valid_change_nothing(config):
     video, text, pairs = batch(6)
     kept = pairs.valid
-    whole = global_contrastive_loss(video, text, torch.tensor(0.1), pairs, RULES[1])
+    whole = global_contrastive_loss(video, text, torch.tensor(0.1), pairs, config)
     without = Pairs(kept[kept], pairs.caption_id[kept], pairs.video_id[kept])
-    expected = global_contrastive_loss(
-        video[kept], text[kept], torch.tensor(0.1), without, RULES[1]
-    )
+    expected = global_contrastive_loss(video[kept], text[kept], torch.tensor(0.1), without, config)
     torch.testing.assert_close(whole, expected)
 
 
