@@ -12,7 +12,6 @@ come out exactly, is encoded.
 """
 
 import os
-import struct
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -26,6 +25,7 @@ import imageio_ffmpeg
 
 from dataengine import media
 from dataengine.errors import MediaError
+from dataengine.mp4 import set_edits
 
 COPIED_VIDEO = frozenset({"h264", "hevc", "av1", "vp9", "mpeg4"})
 """Codecs that MP4 carries, and that players find there."""
@@ -132,11 +132,11 @@ def _attempt(
     data = bytearray(_run_ffmpeg(path, info, frame_us, size, timeout_s, lead_us))
     length = Fraction(frame_us[-1] - frame_us[0], 1_000_000)
     try:
-        packets = media.read_timeline(bytes(data), edited=False)
+        packets = read_timeline(bytes(data), edited=False)
         first = set_edits(data, packets.video_s, length)
-        shown = media.read_timeline(bytes(data))
-    except MediaError as error:
-        raise InexactCutError("no frame came out") from error
+        shown = read_timeline(bytes(data))
+    except (MediaError, ValueError) as error:
+        raise InexactCutError(f"no frame came out ({error})") from error
     if len(shown.video_s) != len(frame_us) - 1:
         raise InexactCutError(f"{len(shown.video_s)} frames instead of {len(frame_us) - 1}")
     worst_us = max(
@@ -233,7 +233,7 @@ def _run_ffmpeg(
 
 def _safe_lead_us(path: str, time_us: int) -> int:
     """Returns how long before a time decoding has to begin for whole pictures at that time."""
-    return 0 if starts_clean(*media.read_key_packet(path, time_us)) else REFRESH_US
+    return 0 if starts_clean(*read_key_packet(path, time_us)) else REFRESH_US
 
 
 def starts_clean(codec: str, packet: bytes, extradata: bytes) -> bool:
@@ -293,173 +293,76 @@ def _compare_first(path: str, clip: bytes, first_us: int, key_us: int) -> None:
         raise InexactCutError("the key frame before the clip does not stand on its own")
 
 
-# -------------------------------------------------------------------------------- MP4 edit lists
-
-
-def set_edits(data: bytearray, video_s: Sequence[Fraction], length: Fraction) -> Fraction:
-    """Rewrites an MP4's edit lists, in place, so that they begin with a frame and end on time.
-
-    The first frame that was visible comes to time 0, and everything else keeps its distance to it.
-
-    Args:
-        data: An MP4 whose ``moov`` is not compressed; sizes and offsets stay as they are.
-        video_s: Ascending presentation times of all frames in the video track, edits ignored.
-        length: New duration in seconds; sound that ends earlier stays shorter.
-
-    Returns:
-        The item of ``video_s`` that is shown first.
-
-    Raises:
-        InexactCutError: If no frame was visible, or the file is not what ffmpeg should have made.
-
-    Source: ISO/IEC 14496-12, 8.6.5 and 8.6.6. (libav's demuxer moves the first visible frame to the
-    beginning of its edit, so it cannot be asked where sound and picture stood before.)
-    """
-    moov = _box(data, (0, len(data)), "moov")
-    mvhd = _box(data, moov, "mvhd")
-    movie_scale = _timescale(data, mvhd)
-    tracks = [
-        _read_track(data, (a, b), movie_scale)
-        for kind, a, b in _boxes(data, moov)
-        if kind == "trak"
-    ]
-    video = next((track for track in tracks if track.kind == b"vide"), None)
-    # Half a tick: ffmpeg's own edit was rounded.
-    visible = [t for t in video_s if video and t >= video.begin_s - Fraction(1, 2 * video.scale)]
-    if not video or not visible:
-        raise InexactCutError("no frame came out")
-    zero = video.delay + visible[0] - video.begin_s
-    longest = 0
-    for track in tracks:
-        begin, delay = track.begin_s, track.delay - zero
-        if delay < 0:  # the track begins before the clip does
-            begin, delay = begin - delay, Fraction(0)
-        rest = length - delay
-        if track.kind != b"vide":
-            # Sound may end before the picture. (The media length of video says nothing about it:
-            # it leaves out the delay that B-frames bring.)
-            rest = min(rest, track.length_s - begin)
-        edits = [(round(max(rest, Fraction(0)) * movie_scale), round(begin * track.scale))]
-        if round(delay * movie_scale):
-            edits.insert(0, (round(delay * movie_scale), -1))
-        _write_edits(data, track.elst, edits)
-        total = sum(duration for duration, _ in edits)
-        _write_duration(data, track.tkhd, total, 20)
-        longest = max(longest, total)
-    _write_duration(data, mvhd, longest, 16)
-    return visible[0]
-
-
-_Span = tuple[int, int]
-"""Start and end of a box's content in the file."""
+# ---------------------------------------------------------------------------------------- packets
 
 
 @dataclass(frozen=True, slots=True)
-class _Track:
-    """A track as its edit list leaves it: after ``delay`` it is shown from ``begin_s`` on."""
+class Timeline:
+    """What a clip shows, read from its packets without decoding.
 
-    kind: bytes
-    scale: int
-    length_s: Fraction
-    delay: Fraction
-    begin_s: Fraction
-    elst: _Span
-    tkhd: _Span
-
-
-def _read_track(data: bytearray, trak: _Span, movie_scale: int) -> _Track:
-    mdia = _box(data, trak, "mdia")
-    mdhd, hdlr = _box(data, mdia, "mdhd"), _box(data, mdia, "hdlr")
-    elst = _box(data, _box(data, trak, "edts"), "elst")
-    scale = _timescale(data, mdhd)
-    delay, begin = _read_edits(data, elst, movie_scale)
-    return _Track(
-        kind=bytes(data[hdlr[0] + 8 : hdlr[0] + 12]),
-        scale=scale,
-        length_s=Fraction(_duration(data, mdhd), scale),
-        delay=delay,
-        begin_s=Fraction(begin, scale),
-        elst=elst,
-        tkhd=_box(data, trak, "tkhd"),
-    )
-
-
-def _boxes(data: bytearray, span: _Span) -> Iterator[tuple[str, int, int]]:
-    """Yields (type, start, end) of the boxes in a span; start is behind the box's header."""
-    position, stop = span
-    while position + 8 <= stop:
-        size, kind = struct.unpack_from(">I4s", data, position)
-        header = 8
-        if size == 1:
-            (size,) = struct.unpack_from(">Q", data, position + 8)
-            header = 16
-        elif size == 0:
-            size = stop - position
-        yield kind.decode("latin-1"), position + header, position + size
-        position += max(size, header)
-
-
-def _box(data: bytearray, span: _Span, name: str) -> _Span:
-    """Returns the content of the first box of a type.
-
-    Raises:
-        InexactCutError: If there is none: a file that ffmpeg should not have written.
+    Attributes:
+        video_s: Ascending presentation times of the visible frames, in exact seconds.
+        audio_s: When the first visible sound begins; None without sound.
+        key_packet: The first video packet.
+        key_s: Its presentation time.
+        codec: Name of the video codec.
+        extradata: The codec's configuration record.
     """
-    for kind, start, end in _boxes(data, span):
-        if kind == name:
-            return start, end
-    raise InexactCutError(f"no {name} box")
+
+    video_s: list[Fraction]
+    audio_s: Fraction | None
+    key_packet: bytes
+    key_s: Fraction
+    codec: str
+    extradata: bytes
 
 
-def _timescale(data: bytearray, span: _Span) -> int:
-    """Returns the timescale of an mvhd or mdhd box."""
-    return struct.unpack_from(">I", data, span[0] + (20 if data[span[0]] else 12))[0]
-
-
-def _duration(data: bytearray, span: _Span) -> int:
-    """Returns the duration of an mdhd box."""
-    wide = data[span[0]]
-    return struct.unpack_from(">Q" if wide else ">I", data, span[0] + (24 if wide else 16))[0]
-
-
-def _write_duration(data: bytearray, span: _Span, value: int, offset: int) -> None:
-    """Writes the duration of a tkhd or mvhd box.
+def read_timeline(data: bytes, edited: bool = True) -> Timeline:
+    """Returns what an MP4 shows.
 
     Args:
         data: The file.
-        span: The box's content.
-        value: In ticks of the movie.
-        offset: Where the duration stands in version 0; version 1 has two 64-bit times before it.
+        edited: Whether to apply its edit lists; else everything in it counts as visible, on each
+            track's own clock.
+
+    Raises:
+        MediaError: See `probe`.
     """
-    if data[span[0]]:
-        struct.pack_into(">Q", data, span[0] + offset + 8, value)
-    else:
-        struct.pack_into(">I", data, span[0] + offset, value)
+    video_s: list[Fraction] = []
+    audio_s: Fraction | None = None
+    key: tuple[bytes, Fraction] = b"", Fraction(0)
+    with media.open_container(data, {} if edited else {"ignore_editlist": "1"}) as container:
+        stream = media.video_stream(container)
+        for packet in container.demux():
+            if packet.pts is None:
+                continue
+            base = packet.time_base
+            time_s = Fraction(packet.pts * base.numerator, base.denominator)
+            if packet.stream_index == stream.index:
+                if not key[0]:
+                    key = bytes(packet), time_s
+                if not packet.is_discard:
+                    video_s.append(time_s)
+            elif packet.stream.type == "audio" and audio_s is None and not packet.is_discard:
+                audio_s = time_s
+        extradata = bytes(stream.codec_context.extradata or b"")
+        codec = stream.codec_context.codec.canonical_name
+    return Timeline(sorted(video_s), audio_s, *key, codec, extradata)
 
 
-def _read_edits(data: bytearray, span: _Span, movie_scale: int) -> tuple[Fraction, int]:
-    """Returns a track's delay in seconds and the media time that is shown first."""
-    form, size = (">Qqhh", 20) if data[span[0]] else (">Iihh", 12)
-    (count,) = struct.unpack_from(">I", data, span[0] + 4)
-    delay = Fraction(0)
-    for i in range(count):
-        duration, media_time, _, _ = struct.unpack_from(form, data, span[0] + 8 + i * size)
-        if media_time >= 0:
-            return delay, media_time
-        delay += Fraction(duration, movie_scale)
-    return delay, 0
+def read_key_packet(path: str, time_us: int) -> tuple[str, bytes, bytes]:
+    """Returns the packet at which decoding begins for a frame at the given time.
 
+    Returns:
+        Name of the codec, the packet, the codec's configuration record.
 
-def _write_edits(data: bytearray, span: _Span, edits: Sequence[tuple[int, int]]) -> None:
-    """Writes a track's edit list over the old one; what is left over becomes a ``free`` box."""
-    start, end = span
-    form, size = (">Qqhh", 20) if data[start] else (">Iihh", 12)
-    used = start + 8 + len(edits) * size
-    if used > end:
-        raise InexactCutError("no room for the edit list")
-    struct.pack_into(">I", data, start + 4, len(edits))
-    for i, (duration, media_time) in enumerate(edits):
-        struct.pack_into(form, data, start + 8 + i * size, duration, media_time, 1, 0)
-    if used < end:
-        struct.pack_into(">I", data, start - 8, used - (start - 8))
-        data[used:end] = struct.pack(">I4s", end - used, b"free") + bytes(end - used - 8)
+    Raises:
+        MediaError: See `probe`.
+    """
+    with media.open_container(path) as container:
+        stream = media.video_stream(container)
+        container.seek(max(time_us, 0) + (container.start_time or 0), backward=True)
+        packet = next(container.demux(stream), None)
+        extradata = bytes(stream.codec_context.extradata or b"")
+        name = stream.codec_context.codec.canonical_name
+        return name, bytes(packet) if packet is not None else b"", extradata

@@ -16,7 +16,6 @@ import io
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
 import av
@@ -119,9 +118,9 @@ class VideoReader:
         self.num_errors = 0
         self.truncated = False
         self._error = ""
-        self._container = _open(source)
+        self._container = open_container(source)
         try:
-            self._stream = _video_stream(self._container)
+            self._stream = video_stream(self._container)
             self._stream.codec_context.thread_count = threads
             self._stream.codec_context.thread_type = "FRAME" if threads > 1 else "NONE"
             self._start_us = self._container.start_time or 0
@@ -216,7 +215,7 @@ def read_frames(path: str, times_us: Sequence[int]) -> list[Frame]:
     return frames
 
 
-def _open(source: str | bytes, options: Mapping[str, str] | None = None) -> Any:
+def open_container(source: str | bytes, options: Mapping[str, str] | None = None) -> Any:
     """Opens a container with the whitelists in force."""
     if isinstance(source, str):
         try:
@@ -237,7 +236,7 @@ def _open(source: str | bytes, options: Mapping[str, str] | None = None) -> Any:
         raise MediaError("not_a_video", error.strerror or str(error)) from error
 
 
-def _video_stream(container: Any) -> Any:
+def video_stream(container: Any) -> Any:
     """Returns the first video stream that is no cover picture."""
     covers = Disposition.attached_pic | Disposition.timed_thumbnails
     streams = [s for s in container.streams.video if not s.disposition & covers]
@@ -429,7 +428,7 @@ def read_audio(source: str | bytes, rate: int = 16_000) -> np.ndarray:
     Raises:
         MediaError: ``empty_file``, ``not_a_video`` or ``unreadable_file``.
     """
-    with _open(source) as container:
+    with open_container(source) as container:
         stream = next((s for s in container.streams.audio if s.codec_context is not None), None)
         if stream is None:
             return np.zeros(0, np.float32)
@@ -475,78 +474,3 @@ def _sounds(container: Any, stream: Any) -> Iterator[av.AudioFrame]:
             continue
         except (FFmpegError, OSError):
             return
-
-
-# ---------------------------------------------------------------------------------------- packets
-
-
-@dataclass(frozen=True, slots=True)
-class Timeline:
-    """What a clip shows, read from its packets without decoding.
-
-    Attributes:
-        video_s: Ascending presentation times of the visible frames, in exact seconds.
-        audio_s: When the first visible sound begins; None without sound.
-        key_packet: The first video packet.
-        key_s: Its presentation time.
-        codec: Name of the video codec.
-        extradata: The codec's configuration record.
-    """
-
-    video_s: list[Fraction]
-    audio_s: Fraction | None
-    key_packet: bytes
-    key_s: Fraction
-    codec: str
-    extradata: bytes
-
-
-def read_timeline(data: bytes, edited: bool = True) -> Timeline:
-    """Returns what an MP4 shows.
-
-    Args:
-        data: The file.
-        edited: Whether to apply its edit lists; else everything in it counts as visible, on each
-            track's own clock.
-
-    Raises:
-        MediaError: See `probe`.
-    """
-    video_s: list[Fraction] = []
-    audio_s: Fraction | None = None
-    key: tuple[bytes, Fraction] = b"", Fraction(0)
-    with _open(data, {} if edited else {"ignore_editlist": "1"}) as container:
-        stream = _video_stream(container)
-        for packet in container.demux():
-            if packet.pts is None:
-                continue
-            base = packet.time_base
-            time_s = Fraction(packet.pts * base.numerator, base.denominator)
-            if packet.stream_index == stream.index:
-                if not key[0]:
-                    key = bytes(packet), time_s
-                if not packet.is_discard:
-                    video_s.append(time_s)
-            elif packet.stream.type == "audio" and audio_s is None and not packet.is_discard:
-                audio_s = time_s
-        extradata = bytes(stream.codec_context.extradata or b"")
-        codec = stream.codec_context.codec.canonical_name
-    return Timeline(sorted(video_s), audio_s, *key, codec, extradata)
-
-
-def read_key_packet(path: str, time_us: int) -> tuple[str, bytes, bytes]:
-    """Returns the packet at which decoding begins for a frame at the given time.
-
-    Returns:
-        Name of the codec, the packet, the codec's configuration record.
-
-    Raises:
-        MediaError: See `probe`.
-    """
-    with _open(path) as container:
-        stream = _video_stream(container)
-        container.seek(max(time_us, 0) + (container.start_time or 0), backward=True)
-        packet = next(container.demux(stream), None)
-        extradata = bytes(stream.codec_context.extradata or b"")
-        name = stream.codec_context.codec.canonical_name
-        return name, bytes(packet) if packet is not None else b"", extradata

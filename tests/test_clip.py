@@ -10,7 +10,7 @@ import pytest
 
 from dataengine import cut as cut_module
 from dataengine import media
-from dataengine.cut import Cut, cut, starts_clean
+from dataengine.cut import Cut, cut, read_timeline, starts_clean
 from dataengine.errors import MediaError
 from dataengine.stage import Drop, Kept
 from dataengine.stages.clip import ClipConfig, ClipStage
@@ -320,7 +320,7 @@ def test_a_cut_that_takes_too_long_may_be_tried_again(tmp_path):
 
 def test_a_damaged_clip_is_a_media_error():
     with pytest.raises(MediaError):
-        media.read_timeline(b"no file at all")
+        read_timeline(b"no file at all")
 
 
 def test_units_behind_start_codes_are_told_apart():

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rewriting the edit lists of an MP4 in memory, without moving a byte of its media.
+
+An edit list says which part of each track is shown, and when. Source: ISO/IEC 14496-12.
+"""
+
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+
+def set_edits(data: bytearray, video_s: Sequence[Fraction], length: Fraction) -> Fraction:
+    """Rewrites an MP4's edit lists, in place, so that they begin with a frame and end on time.
+
+    The first frame that was visible comes to time 0, and everything else keeps its distance to it.
+
+    Args:
+        data: An MP4 whose ``moov`` is not compressed; sizes and offsets stay as they are.
+        video_s: Ascending presentation times of all frames in the video track, edits ignored.
+        length: New duration in seconds; sound that ends earlier stays shorter.
+
+    Returns:
+        The item of ``video_s`` that is shown first.
+
+    Raises:
+        ValueError: If no frame was visible, or a box is missing that ffmpeg writes.
+
+    Source: 8.6.5 and 8.6.6 of the standard. (libav's demuxer moves the first visible frame to the
+    beginning of its edit, so it cannot be asked where sound and picture stood before.)
+    """
+    moov = _box(data, (0, len(data)), "moov")
+    mvhd = _box(data, moov, "mvhd")
+    movie_scale = _timescale(data, mvhd)
+    tracks = [
+        _read_track(data, (a, b), movie_scale)
+        for kind, a, b in _boxes(data, moov)
+        if kind == "trak"
+    ]
+    video = next((track for track in tracks if track.kind == b"vide"), None)
+    # Half a tick: ffmpeg's own edit was rounded.
+    visible = [t for t in video_s if video and t >= video.begin_s - Fraction(1, 2 * video.scale)]
+    if not video or not visible:
+        raise ValueError("no frame came out")
+    zero = video.delay + visible[0] - video.begin_s
+    longest = 0
+    for track in tracks:
+        begin, delay = track.begin_s, track.delay - zero
+        if delay < 0:  # the track begins before the clip does
+            begin, delay = begin - delay, Fraction(0)
+        rest = length - delay
+        if track.kind != b"vide":
+            # Sound may end before the picture. (The media length of video says nothing about it:
+            # it leaves out the delay that B-frames bring.)
+            rest = min(rest, track.length_s - begin)
+        edits = [(round(max(rest, Fraction(0)) * movie_scale), round(begin * track.scale))]
+        if round(delay * movie_scale):
+            edits.insert(0, (round(delay * movie_scale), -1))
+        _write_edits(data, track.elst, edits)
+        total = sum(duration for duration, _ in edits)
+        _write_duration(data, track.tkhd, total, 20)
+        longest = max(longest, total)
+    _write_duration(data, mvhd, longest, 16)
+    return visible[0]
+
+
+_Span = tuple[int, int]
+"""Start and end of a box's content in the file."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Track:
+    """A track as its edit list leaves it: after ``delay`` it is shown from ``begin_s`` on."""
+
+    kind: bytes
+    scale: int
+    length_s: Fraction
+    delay: Fraction
+    begin_s: Fraction
+    elst: _Span
+    tkhd: _Span
+
+
+def _read_track(data: bytearray, trak: _Span, movie_scale: int) -> _Track:
+    mdia = _box(data, trak, "mdia")
+    mdhd, hdlr = _box(data, mdia, "mdhd"), _box(data, mdia, "hdlr")
+    elst = _box(data, _box(data, trak, "edts"), "elst")
+    scale = _timescale(data, mdhd)
+    delay, begin = _read_edits(data, elst, movie_scale)
+    return _Track(
+        kind=bytes(data[hdlr[0] + 8 : hdlr[0] + 12]),
+        scale=scale,
+        length_s=Fraction(_duration(data, mdhd), scale),
+        delay=delay,
+        begin_s=Fraction(begin, scale),
+        elst=elst,
+        tkhd=_box(data, trak, "tkhd"),
+    )
+
+
+def _boxes(data: bytearray, span: _Span) -> Iterator[tuple[str, int, int]]:
+    """Yields (type, start, end) of the boxes in a span; start is behind the box's header."""
+    position, stop = span
+    while position + 8 <= stop:
+        size, kind = struct.unpack_from(">I4s", data, position)
+        header = 8
+        if size == 1:
+            (size,) = struct.unpack_from(">Q", data, position + 8)
+            header = 16
+        elif size == 0:
+            size = stop - position
+        yield kind.decode("latin-1"), position + header, position + size
+        position += max(size, header)
+
+
+def _box(data: bytearray, span: _Span, name: str) -> _Span:
+    """Returns the content of the first box of a type.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    for kind, start, end in _boxes(data, span):
+        if kind == name:
+            return start, end
+    raise ValueError(f"no {name} box")
+
+
+def _timescale(data: bytearray, span: _Span) -> int:
+    """Returns the timescale of an mvhd or mdhd box."""
+    return struct.unpack_from(">I", data, span[0] + (20 if data[span[0]] else 12))[0]
+
+
+def _duration(data: bytearray, span: _Span) -> int:
+    """Returns the duration of an mdhd box."""
+    wide = data[span[0]]
+    return struct.unpack_from(">Q" if wide else ">I", data, span[0] + (24 if wide else 16))[0]
+
+
+def _write_duration(data: bytearray, span: _Span, value: int, offset: int) -> None:
+    """Writes the duration of a tkhd or mvhd box.
+
+    Args:
+        data: The file.
+        span: The box's content.
+        value: In ticks of the movie.
+        offset: Where the duration stands in version 0; version 1 has two 64-bit times before it.
+    """
+    if data[span[0]]:
+        struct.pack_into(">Q", data, span[0] + offset + 8, value)
+    else:
+        struct.pack_into(">I", data, span[0] + offset, value)
+
+
+def _read_edits(data: bytearray, span: _Span, movie_scale: int) -> tuple[Fraction, int]:
+    """Returns a track's delay in seconds and the media time that is shown first."""
+    form, size = (">Qqhh", 20) if data[span[0]] else (">Iihh", 12)
+    (count,) = struct.unpack_from(">I", data, span[0] + 4)
+    delay = Fraction(0)
+    for i in range(count):
+        duration, media_time, _, _ = struct.unpack_from(form, data, span[0] + 8 + i * size)
+        if media_time >= 0:
+            return delay, media_time
+        delay += Fraction(duration, movie_scale)
+    return delay, 0
+
+
+def _write_edits(data: bytearray, span: _Span, edits: Sequence[tuple[int, int]]) -> None:
+    """Writes a track's edit list over the old one; what is left over becomes a ``free`` box."""
+    start, end = span
+    form, size = (">Qqhh", 20) if data[start] else (">Iihh", 12)
+    used = start + 8 + len(edits) * size
+    if used > end:
+        raise ValueError("no room for the edit list")
+    struct.pack_into(">I", data, start + 4, len(edits))
+    for i, (duration, media_time) in enumerate(edits):
+        struct.pack_into(form, data, start + 8 + i * size, duration, media_time, 1, 0)
+    if used < end:
+        struct.pack_into(">I", data, start - 8, used - (start - 8))
+        data[used:end] = struct.pack(">I4s", end - used, b"free") + bytes(end - used - 8)
