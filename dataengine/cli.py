@@ -212,6 +212,8 @@ def main() -> None:
     """Runs the command line: one message and a hint for a user's mistake, never a traceback."""
     # Ray would rebuild the environment of `uv run` for every worker, and hang.
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    # Several actors share few cores: an idle OpenMP thread must sleep, not spin.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except EngineError as error:

@@ -459,7 +459,8 @@ def _start_ray(address: str | None) -> None:
         where = address or os.environ.get("RAY_ADDRESS") or "this machine"
         raise EngineError(
             f"Ray cannot be reached at {where}: {error}",
-            "check --address and RAY_ADDRESS; without both, Ray is started on this machine",
+            "check --address and RAY_ADDRESS (and RAY_AUTH_MODE=token, if the cluster uses tokens); "
+            "without an address, Ray is started on this machine",
         ) from None
 
 
