@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-SEED = 5
+SEED = 7  # as training/tiny_clip.sh, so that its demo videos can be used: --demo out/tiny_clip/demo
 
 
 def ingest_peak_mb(videos: Path, corpus: Path, limit: int) -> float:

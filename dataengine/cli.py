@@ -70,7 +70,11 @@ def ingest(
     from dataengine.ingest import ingest as run_ingest
 
     loaded = load_pipeline(pipeline, overrides or [])
-    result = run_ingest(loaded, sources, corpus, _LIVE, address=address, limit=limit)
+    try:
+        result = run_ingest(loaded, sources, corpus, _LIVE, address=address, limit=limit)
+    except KeyboardInterrupt:
+        _LIVE.print("\ninterrupted: what was committed is safe; run the same command to go on")
+        raise typer.Exit(130) from None
     _LIVE.print()
     funnel.show(result.funnel, _LIVE)
     _LIVE.print()
@@ -83,7 +87,7 @@ def ingest(
             highlight=False,
             soft_wrap=True,
         )
-        report = Path(corpus) / "runs" / result.run_id / "report.html"
+        report = f"{corpus.rstrip('/')}/runs/{result.run_id}/report.html"
         _LIVE.print(f"Report:  {report}", highlight=False, soft_wrap=True)
     _LIVE.print(
         f'Next:    dataengine query {where} "motion_score > 0.01" --limit 5\n'
@@ -225,6 +229,3 @@ def main() -> None:
         sys.exit(error.exit_code)
     except BrokenPipeError:
         sys.exit(0)
-    except KeyboardInterrupt:
-        _LIVE.print("interrupted; run the same command again to go on")
-        sys.exit(130)

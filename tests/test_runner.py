@@ -10,6 +10,7 @@ import pytest
 from dataengine.corpus import Corpus
 from dataengine.errors import ConfigError, CorpusError, DependencyError, EngineError
 from dataengine.flow import WORKER_CRASHED
+from dataengine.pools import plan_pools
 from dataengine.query.verify import verify
 from dataengine.stage import Resources
 from tests.fake_pipeline import FakeCaption, FakeSegment, fake_pipeline, make_sources, run_fake
@@ -27,8 +28,6 @@ def specs(*needs: Resources):
 @pytest.mark.parametrize("num_stages", [1, 3, 12])
 @pytest.mark.parametrize("asked", [0.1, 1, 4])
 def test_every_pool_can_start_on_any_machine(num_cpus, num_stages, asked):
-    from dataengine.runner import plan_pools
-
     pools = plan_pools(specs(*[Resources(num_cpus=asked)] * num_stages), num_cpus, 0)
     assert len(pools) == num_stages
     assert sum(pool.num_cpus * pool.min_actors for pool in pools) < num_cpus
@@ -38,8 +37,6 @@ def test_every_pool_can_start_on_any_machine(num_cpus, num_stages, asked):
 
 
 def test_colocated_stages_share_an_actor_and_videos_come_one_by_one():
-    from dataengine.runner import plan_pools
-
     pools = plan_pools(
         specs(
             Resources(num_cpus=0.5, batch_size=8),
@@ -55,8 +52,6 @@ def test_colocated_stages_share_an_actor_and_videos_come_one_by_one():
 
 
 def test_a_pipeline_that_needs_gpus_is_refused_without_them():
-    from dataengine.runner import plan_pools
-
     with pytest.raises(ConfigError, match="needs 2 GPUs, the cluster has 1"):
         plan_pools(specs(Resources(num_gpus=1, min_actors=2)), 8, 1)
 
