@@ -10,6 +10,7 @@ A worker that dies takes only its current batch with it. The batch is tried agai
 an item that kills its worker ``max_attempts`` times ends as a Drop with reason `WORKER_CRASHED`.
 """
 
+import contextlib
 import logging
 import os
 import threading
@@ -84,7 +85,10 @@ def execute(
                 _run_wave(pipeline, corpus, run_id, rows, pools, control)
         return ray.get(control.snapshot.remote())
     except Exception as error:
-        failure: Any = ray.get(control.failure.remote()) if control else None
+        failure: Any = None
+        if control is not None:
+            with contextlib.suppress(ray.exceptions.RayError):
+                failure = ray.get(control.failure.remote(), timeout=5)
         raise failure or _explain(error) from error
     finally:
         if ours:
