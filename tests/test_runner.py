@@ -161,6 +161,7 @@ def _workers():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("kill_after_s", [9, 12, 15, 18])
 def test_killing_the_driver_loses_nothing_and_doubles_nothing(tmp_path, kill_after_s):
     """SIGKILL to the driver at several moments, then the same command until it is through."""
@@ -169,7 +170,7 @@ def test_killing_the_driver_loses_nothing_and_doubles_nothing(tmp_path, kill_aft
     time.sleep(kill_after_s)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    assert _start(sources, tmp_path / "c", 0).wait(timeout=120) == 0
+    assert _start(sources, tmp_path / "c", 0).wait(timeout=500) == 0
     corpus = Corpus.open(str(tmp_path / "c"))
     assert clips_of(corpus) == expected_clips(sources)
     assert corpus.videos().num_rows == 40
@@ -177,6 +178,7 @@ def test_killing_the_driver_loses_nothing_and_doubles_nothing(tmp_path, kill_aft
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_killing_workers_loses_nothing_and_doubles_nothing(tmp_path):
     sources = make_sources(tmp_path / "in", [f"v{i}_{i % 4}" for i in range(40)])
     process = _start(sources, tmp_path / "c", 0.3)
@@ -186,7 +188,7 @@ def test_killing_workers_loses_nothing_and_doubles_nothing(tmp_path):
             break
         for pid in _workers()[:1]:
             os.kill(pid, signal.SIGKILL)
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=300) == 0
     corpus = Corpus.open(str(tmp_path / "c"))
     statuses = set(corpus.videos()["reason"].to_pylist()) - {None, "no_clips"}
     assert statuses <= {WORKER_CRASHED}
