@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
 from dataengine.corpus import Corpus
@@ -147,17 +148,13 @@ def _start(sources, corpus, seconds):
     )
 
 
-def _workers():
-    """Process ids of Ray's actor workers of this user."""
-    found = []
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            with open(f"/proc/{pid}/cmdline", "rb") as file:
-                if b"ray::MapWorker" in file.read():
-                    found.append(int(pid))
-        except OSError:
-            continue
-    return found
+def _workers(driver):
+    """The actor processes of a driver's own Ray."""
+    return [
+        child.pid
+        for child in psutil.Process(driver).children(recursive=True)
+        if child.name().startswith("ray::MapWorker")
+    ]
 
 
 @pytest.mark.slow
@@ -186,7 +183,7 @@ def test_killing_workers_loses_nothing_and_doubles_nothing(tmp_path):
         time.sleep(2)
         if process.poll() is not None:
             break
-        for pid in _workers()[:1]:
+        for pid in _workers(process.pid)[:1]:
             os.kill(pid, signal.SIGKILL)
     assert process.wait(timeout=300) == 0
     corpus = Corpus.open(str(tmp_path / "c"))
