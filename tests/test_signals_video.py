@@ -10,7 +10,13 @@ from dataengine.models.camera import follow_camera
 from dataengine.models.captioner import ClipFrames, SignalsVideoConfig, build_captioner
 from dataengine.models.colours import NAMES, name_pixels
 from dataengine.models.patches import mask_shape
-from dataengine.models.signals_video import measure_clip, picture_box
+from dataengine.models.signals_video import (
+    agreeing_faces,
+    count_faces,
+    haar_faces,
+    measure_clip,
+    picture_box,
+)
 from dataengine.models.texture import name_texture
 from dataengine.models.video_words import describe_clip, join_words, place_words, with_article
 
@@ -283,6 +289,96 @@ def test_missing_face_detector_is_an_error_with_a_hint(tmp_path):
     missing = SignalsVideoConfig(face_model=str(tmp_path / "none.onnx"))
     with pytest.raises(DependencyError, match=r"none\.onnx"):
         build_captioner(missing)
+
+
+def at(*boxes):
+    """What a face detector gives for one frame: squares of (left, top, side)."""
+    return np.array([(x, y, side, side) for x, y, side in boxes], float).reshape(-1, 4)
+
+
+NONE = at()
+FACE, MOVED, ELSEWHERE = (100, 50, 40), (125, 60, 44), (200, 60, 40)
+
+
+@pytest.mark.parametrize(
+    ("boxes", "num"),
+    [
+        ([at(FACE), at(MOVED), NONE, NONE], 1),
+        ([at(FACE), NONE, NONE, at(MOVED)], 1),
+        ([at(FACE), NONE, NONE, NONE], 0),  # seen once
+        ([at(FACE), at(ELSEWHERE), NONE, NONE], 0),  # too far
+        ([at(FACE), at((90, 40, 60)), NONE, NONE], 0),  # too large
+        ([at(FACE, ELSEWHERE), at(MOVED, ELSEWHERE), at(FACE), NONE], 2),
+        ([at(FACE, ELSEWHERE), at(MOVED), at(FACE), NONE], 1),
+        ([at(FACE, (110, 55, 40)), at(MOVED), NONE], 1),  # two for one
+        ([at(FACE, MOVED), NONE], 0),  # in one frame
+        ([NONE, NONE], 0),
+        ([at(FACE)], 0),
+    ],
+)
+def test_face_is_one_that_two_frames_agree_on(boxes, num):
+    assert agreeing_faces(boxes) == num
+
+
+def test_faces_are_searched_in_four_frames_and_in_two_where_there_are_none():
+    frames = [np.full((2, 2, 3), number, np.uint8) for number in range(8)]
+    seen = []
+
+    def detect(there):
+        def find(frame):
+            seen.append(int(frame[0, 0, 0]))
+            return at(FACE) if seen[-1] in there else NONE
+
+        return find
+
+    assert count_faces(frames, detect({1, 5})) == 1
+    assert sorted(seen) == [1, 3, 5, 7]
+    seen.clear()
+    assert count_faces(frames, detect({0, 1, 7})) == 0
+    assert seen == [3, 5]
+    assert count_faces(frames[:2], detect({0, 1})) == 1
+    assert count_faces(frames[:1], detect({0})) == 0
+
+
+@pytest.mark.parametrize("ground", [plain(), grain(), grain(3)])
+def test_no_face_is_seen_in_shapes_and_noise(ground):
+    eyes = [with_disc(x, 90, 18, (16, 16, 16), ground) for x in (110, 200)]
+    detect = haar_faces()
+    assert [len(detect(frame)) for frame in (ground, *eyes, with_disc(160, 120, 70))] == [0] * 4
+
+
+def test_face_without_contrast_is_none(monkeypatch):
+    """And its box is in the pixels of the frame, not of the small picture that is searched."""
+
+    class Cascade:
+        def __init__(self, path):
+            pass
+
+        def empty(self):
+            return False
+
+        def detectMultiScale(self, gray, *_, **__):
+            return np.array([[20, 30, 40, 40]])
+
+    monkeypatch.setattr(cv2, "CascadeClassifier", Cascade)
+    detect = haar_faces()
+    assert len(detect(plain())) == 0
+    large = grain(width=426, height=320)  # twice the size of the search, each way
+    assert detect(large) == pytest.approx(np.array([[40, 60, 80, 80]]), rel=0.01)
+
+
+def test_captioner_names_the_faces_its_detector_finds(monkeypatch):
+    captioner = build_captioner(SignalsVideoConfig())
+    clip = ClipFrames([plain()] * 8, list(range(8)))
+    assert "face" not in f"{captioner.caption([clip])}"
+    monkeypatch.setattr(captioner, "_faces", lambda frame: at(FACE, ELSEWHERE))
+    assert "; two faces are seen;" in f"{captioner.caption([clip])[0].caption}"
+
+
+def test_opencv_without_cascades_is_an_error_with_a_hint(monkeypatch):
+    monkeypatch.delattr(cv2, "CascadeClassifier")
+    with pytest.raises(DependencyError, match="Haar"):
+        build_captioner(SignalsVideoConfig())
 
 
 def test_words():

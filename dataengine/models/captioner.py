@@ -45,11 +45,12 @@ class Captioner(Protocol):
 
 
 class SignalsVideoConfig(Settings):
-    """Sentences made of what is measured: colour, light, texture, movement; no model."""
+    """Sentences made of what is measured: colour, light, texture, movement, frontal faces."""
 
     kind: Literal["signals"] = "signals"
     face_model: str = ""
-    """A YuNet face detector (ONNX file, run by OpenCV); empty says nothing of faces."""
+    """A YuNet face detector (ONNX file, run by OpenCV), which sees small and turned faces too;
+    empty takes the Haar cascade that OpenCV carries."""
 
 
 CaptionerConfig = SignalsVideoConfig
