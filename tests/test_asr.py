@@ -10,6 +10,7 @@ from dataengine.errors import DependencyError
 from dataengine.models.asr import (
     SAMPLE_RATE,
     PocketsphinxConfig,
+    PocketsphinxTranscriber,
     Segment,
     WhisperConfig,
     build_transcriber,
@@ -53,6 +54,18 @@ def test_pocketsphinx_writes_down_a_sentence():
     # What it heard before must not change what it hears next.
     transcriber.transcribe(0.1 * waveform[::-1].copy())
     assert transcriber.transcribe(waveform) == first
+
+
+def test_pocketsphinx_hears_the_same_after_any_other_sound():
+    """The mean of the features shows it sooner than the words."""
+    rng = np.random.default_rng(0)
+    sounds = [rng.normal(0, level, SAMPLE_RATE).astype(np.float32) for level in (0.05, 0.2)]
+    transcriber = PocketsphinxTranscriber(PocketsphinxConfig())
+    features = []
+    for sound in (sounds[0], sounds[1], sounds[0]):
+        transcriber.transcribe(sound)
+        features.append(transcriber._decoder.get_cmn())
+    assert features[0] == features[2] != features[1]
 
 
 @pytest.fixture(scope="module")
