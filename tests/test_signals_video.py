@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Video captions on pictures drawn here, so that the truth is known."""
 
+from types import SimpleNamespace
+
 import cv2
 import numpy as np
 import pytest
@@ -350,17 +352,10 @@ def test_no_face_is_seen_in_shapes_and_noise(ground):
 def test_face_without_contrast_is_none(monkeypatch):
     """And its box is in the pixels of the frame, not of the small picture that is searched."""
 
-    class Cascade:
-        def __init__(self, path):
-            pass
-
-        def empty(self):
-            return False
-
-        def detectMultiScale(self, gray, *_, **__):
-            return np.array([[20, 30, 40, 40]])
-
-    monkeypatch.setattr(cv2, "CascadeClassifier", Cascade)
+    cascade = SimpleNamespace(
+        empty=lambda: False, detectMultiScale=lambda *_, **__: np.array([[20, 30, 40, 40]])
+    )
+    monkeypatch.setattr(cv2, "CascadeClassifier", lambda path: cascade)
     detect = haar_faces()
     assert len(detect(plain())) == 0
     large = grain(width=426, height=320)  # twice the size of the search, each way
