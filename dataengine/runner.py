@@ -13,10 +13,11 @@ an item that kills its worker ``max_attempts`` times ends as a Drop with reason 
 import contextlib
 import logging
 import os
+import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -377,7 +378,8 @@ def _start_ray(address: str | None) -> None:
     logging.getLogger("ray").setLevel(level)
     logging.getLogger("ray.data").setLevel(level)
     try:
-        ray.init(**options)
+        with contextlib.nullcontext() if debug else _silent_stderr():
+            ray.init(**options)
     except (ConnectionError, ValueError, RuntimeError) as error:
         where = address or os.environ.get("RAY_ADDRESS") or "this machine"
         raise EngineError(
@@ -385,6 +387,20 @@ def _start_ray(address: str | None) -> None:
             "check --address and RAY_ADDRESS (and RAY_AUTH_MODE=token, if the cluster uses tokens); "
             "without an address, Ray is started on this machine",
         ) from None
+
+
+@contextlib.contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Keeps Ray's C++ side from writing to the terminal while it starts; errors are raised anyway."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _cluster_size() -> tuple[float, float]:
