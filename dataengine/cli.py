@@ -90,8 +90,8 @@ def ingest(
         report = f"{corpus.rstrip('/')}/runs/{result.run_id}/report.html"
         _LIVE.print(f"Report:  {report}", highlight=False, soft_wrap=True)
     _LIVE.print(
-        f'Next:    dataengine query {where} "motion_score > 0.01" --limit 5\n'
-        f"         python -m training viclip_tiny --data {where}",
+        f'Next:    {_python()} -m dataengine query {where} "motion_score > 0.01" --limit 5\n'
+        f"         {_python()} -m training viclip_tiny --data {where}",
         highlight=False,
         markup=False,
         soft_wrap=True,
@@ -183,6 +183,12 @@ def report(
 def version() -> None:
     """Print the version."""
     typer.echo(__version__)
+
+
+def _python() -> str:
+    """Returns this interpreter as one would type it here."""
+    inside = os.path.relpath(sys.executable)
+    return shlex.quote(sys.executable if inside.startswith("..") else inside)
 
 
 def _print_table(names: list[str], rows: "object", output: Path | None) -> None:
