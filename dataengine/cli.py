@@ -234,4 +234,11 @@ def main() -> None:
             _LIVE.print(f"\nhint: {error.hint}", markup=False, highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
     except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads the rest
         sys.exit(0)
+    except OSError as error:
+        if os.environ.get("DATAENGINE_DEBUG") or error.filename is None:
+            raise
+        what = f"error: {error.strerror}: {error.filename}"
+        _LIVE.print(what, markup=False, highlight=False, soft_wrap=True)
+        sys.exit(1)

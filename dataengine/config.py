@@ -208,7 +208,10 @@ def _apply(content: dict[str, Any], override: str, problems: list[str]) -> None:
         if not isinstance(node, dict):
             problems.append(f"--set {override}: {parent} is a value, not a section")
             return
-    node[last] = yaml.safe_load(text)
+    try:
+        node[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        problems.append(f"--set {override}: the value is not valid YAML")
 
 
 def _strings(value: object) -> list[str]:

@@ -86,5 +86,7 @@ def test_set_changes_a_setting_and_the_fingerprint(write):
         "stages.download.retries=9",
     ):
         assert load_pipeline(path, [harmless]).fingerprint == plain.fingerprint
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_pipeline(path, ["name=[1"])
     with pytest.raises(ConfigError, match="expected KEY=VALUE"):
         load_pipeline(path, ["stages.download.retries"])

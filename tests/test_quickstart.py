@@ -191,6 +191,7 @@ def test_the_run_is_written_down(corridor):
         (["ingest", "nowhere.yaml", "--sources", ".", "--corpus", "x"], 2, "cannot be read"),
         (["query", "nowhere"], 1, "Not a corpus"),
         (["verify", "."], 1, "Not a corpus"),
+        (["demo", "Makefile"], 1, "Not a directory"),
         (
             ["ingest", "pipelines/quickstart.yaml", "--sources", "/nowhere", "--corpus", "out/x"],
             2,
