@@ -76,11 +76,8 @@ class ProgressDisplay:
         upstream = self._num_videos
         for name, task in self._stages.items():
             counts = snapshot.stages.get(name, StageCounts())
-            note = (
-                _rate(counts.num_in, counts.busy_s, "rows") + " busy"
-                if counts.num_in
-                else "waiting"
-            )
+            rate = _rate(counts.num_in, counts.busy_s, "rows")
+            note = f"{rate} busy" if rate else "" if counts.num_in else "waiting"
             if counts.num_dropped:
                 note += f", {counts.num_dropped} dropped"
             self._update(task, counts.num_in, max(upstream, counts.num_in), note)
