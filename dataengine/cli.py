@@ -74,7 +74,8 @@ def ingest(
         result = run_ingest(loaded, sources, corpus, _LIVE, address=address, limit=limit)
     except KeyboardInterrupt:
         _LIVE.print("\ninterrupted: what was committed is safe; run the same command to go on")
-        raise typer.Exit(130) from None
+        # Ray's threads can crash an interpreter that is taken down in the middle of a run.
+        os._exit(130)
     _LIVE.print()
     funnel.show(result.funnel, _LIVE)
     _LIVE.print()
