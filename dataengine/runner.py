@@ -151,6 +151,10 @@ class _Room:
     def __init__(
         self, stages: Sequence[StageSpec], control: Any, max_attempts: int, is_last: bool
     ) -> None:
+        # A worker is in a background process group of the user's terminal: a child that reads from
+        # it (ffmpeg does) would stop the whole group, and the run would wait for ever.
+        with open(os.devnull) as nothing:
+            os.dup2(nothing.fileno(), 0)
         self._control = control
         self._max_attempts = max_attempts
         self._is_last = is_last
