@@ -19,7 +19,7 @@ from dataengine.stages import STAGES
 
 SettingsT = TypeVar("SettingsT", bound=Settings)
 
-SOURCE_COLUMNS = ("_video", "_duplicate_of", "provenance")
+SOURCE_COLUMNS = ("_video", "_refusal", "_spans", "provenance")
 """What the source list gives to the first stage."""
 
 

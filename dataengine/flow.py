@@ -41,7 +41,8 @@ def source_table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
     return pa.table(
         {
             "_video": pa.array(videos, VIDEO_STRUCT),
-            "_duplicate_of": pa.array([row["duplicate_of"] for row in rows], pa.string()),
+            "_refusal": pa.array([row["refusal"] for row in rows], records.REFUSAL_STRUCT),
+            "_spans": pa.array([row["spans"] for row in rows], pa.list_(records.SPAN_STRUCT)),
             "provenance": pa.nulls(len(rows), PROVENANCE_LIST),
             "_drop": pa.nulls(len(rows), records.DROP_STRUCT),
         }

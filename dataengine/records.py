@@ -28,6 +28,39 @@ SEGMENT_STRUCT = pa.struct(
 )
 """A piece of transcript; times are on the source video's clock."""
 
+SUBTITLE_STRUCT = pa.struct(
+    [
+        ("language", pa.string()),
+        ("start_ms", pa.int64()),
+        ("end_ms", pa.int64()),
+        ("text", pa.string()),
+        ("origin", pa.string()),
+    ]
+)
+"""One cue of a source's subtitles; the column ``_subtitles`` is a list of these, or null.
+
+Times are on the source video's clock; language is a BCP 47 tag or null; tracks may be mixed.
+``origin`` is ``sidecar`` (a file beside a local video), ``manual`` or ``automatic`` (a page's).
+"""
+
+SPAN_STRUCT = pa.struct(
+    [
+        ("start_ms", pa.int64()),
+        ("end_ms", pa.int64()),
+        ("caption", pa.string()),
+        ("aesthetic_score", pa.float32()),
+        ("video_text_score", pa.float32()),
+    ]
+)
+"""A clip that a published annotation list gives; the column ``_spans`` is a list of these, or null.
+
+Times are on the source video's clock; what the list does not say is null.
+"""
+
+REFUSAL_STRUCT = pa.struct([("reason", pa.string()), ("detail", pa.string())])
+"""Why the plan keeps a source from being fetched (``duplicate``, ``excluded``): the column
+``_refusal``, null for all others."""
+
 PROVENANCE_STRUCT = pa.struct(
     [
         ("column", pa.string()),
@@ -95,7 +128,13 @@ CLIP_SCHEMA = pa.schema(
         ("caption", pa.string()),  # what training reads unless told otherwise
         ("clip_score", pa.float32()),  # cosine of CLIP image and text embeddings, in [-1, 1]
         ("aesthetic_score", pa.float32()),
+        ("video_text_score", pa.float32()),  # cosine of a video and a text encoder, in [-1, 1]
         ("motion_score", pa.float32()),  # mean absolute luma difference per frame, in [0, 1]
+        ("still_score", pa.float32()),  # share of the clip's time in which nothing moves, in [0, 1]
+        ("jump_score", pa.float32()),  # abrupt changes of the whole picture per second
+        # Which detectors see a boundary where the clip starts and ends; null when only one ran.
+        ("start_detectors", pa.list_(pa.string())),
+        ("end_detectors", pa.list_(pa.string())),
         ("title", pa.string()),
         ("description", pa.string()),
         ("tags", pa.list_(pa.string())),
@@ -116,8 +155,9 @@ CATALOG_SCHEMA = pa.schema(
 
 # -------------------------------------------------------------------------------------- videos
 
-KEPT, DROPPED, FAILED = "kept", "dropped", "failed"
-"""A video's status: it gave clips; its own nature forbids it; a later attempt may succeed."""
+KEPT, DROPPED, FAILED, REMOVED = "kept", "dropped", "failed", "removed"
+"""A video's status: it gave clips; its own nature forbids it; a later attempt may succeed; it was
+taken out and must not come back."""
 
 VIDEO_SCHEMA = pa.schema(
     [
@@ -143,12 +183,17 @@ VIDEO_SCHEMA = pa.schema(
         ("video_codec", pa.string()),
         ("audio_codec", pa.string()),
         ("file_bytes", pa.int64()),
+        ("decode_errors", pa.int32()),  # damaged packets that were skipped
+        ("truncated", pa.bool_()),  # whether the file breaks off
         ("title", pa.string()),
         ("description", pa.string()),
         ("tags", pa.list_(pa.string())),
         ("categories", pa.list_(pa.string())),
         ("upload_date", pa.string()),
         ("license", pa.string()),
+        ("language", pa.string()),  # as the source says, BCP 47
+        ("age_limit", pa.int32()),  # years
+        ("channel_id", pa.string()),
     ]
 )
 """One row of ``videos/*.parquet``: every source ends as exactly one current row."""

@@ -46,10 +46,11 @@ PLAN_SCHEMA = pa.schema(
         ("source", pa.string()),
         ("source_version", pa.string()),  # "<bytes>-<mtime ns>" of a local file, else empty
         ("file_bytes", pa.int64()),
+        ("spans", pa.list_(records.SPAN_STRUCT)),
     ]
 )
-"""A listed source. The todo list adds ``attempts`` made before, and ``duplicate_of``: the source
-it repeats byte by byte."""
+"""A listed source. The todo list adds ``attempts`` made before, and ``refusal``: why it must not be
+fetched."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ def _walk(folder: Path) -> Iterator[str]:
 
 def describe(source: str) -> dict[str, str | int | None]:
     """Returns the plan row of one source; a file's version changes when its content may have."""
-    row: dict[str, str | int | None] = {"source": source, "source_version": "", "file_bytes": None}
+    row: dict[str, str | int | None] = {"source": source, "source_version": "", "file_bytes": None, "spans": None}
     if not records.is_url(source):
         try:
             status = os.stat(source)
@@ -197,7 +198,9 @@ def make_plan(
         )
         _mark_duplicates(db)
         db.execute(
-            "copy (select source, source_version, file_bytes, attempts, duplicate_of from todo "
+            "copy (select source, source_version, file_bytes, spans, attempts, "
+            "case when duplicate_of is not null then {'reason': 'duplicate', "
+            "'detail': 'same bytes as ' || duplicate_of} end as refusal from todo "
             "left join duplicates using (source) order by file_row_number) "
             f"to '{_quoted(todo)}' (format parquet)"
         )

@@ -29,7 +29,7 @@ class FakeSegment(Stage):
     """A file ``3.mp4`` has three clips, ``0.mp4`` none; its first letters steer the faults."""
 
     name = "segment"
-    inputs = ("_video", "_duplicate_of")
+    inputs = ("_video", "_refusal")
     outputs = pa.schema(
         [
             field

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from dataengine import records
 from dataengine.media import jpeg_encode
 from dataengine.models.fusion import (
     TemplateConfig,
@@ -28,7 +29,6 @@ from dataengine.stages.fuse import FuseStage
 from dataengine.stages.identify_language import IdentifyLanguageStage
 from dataengine.stages.score import ScoreStage, spread
 from dataengine.stages.transcribe import (
-    SUBTITLE_STRUCT,
     TranscribeStage,
     base_language,
     cut_cues,
@@ -190,7 +190,7 @@ def test_subtitles_are_taken_at_their_word():
     for row in (silent, none, absent):
         assert (row["transcript"], row["transcript_segments"]) == (None, None)
     pa.Table.from_pylist([dict(spoken), dict(none)], TranscribeStage.outputs)
-    pa.array([subtitles], pa.list_(SUBTITLE_STRUCT))
+    pa.array([subtitles], pa.list_(records.SUBTITLE_STRUCT))
 
 
 class Recogniser:

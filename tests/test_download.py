@@ -77,10 +77,10 @@ def server():
     server.shutdown()
 
 
-def fetch(source, cache, duplicate_of=None, **settings):
+def fetch(source, cache, refusal=None, **settings):
     stage = DownloadStage(DownloadStage.Config(cache_dir=str(cache), **settings))
     stage.setup()
-    row = {"_video": {"source": source, "video_id": None}, "_duplicate_of": duplicate_of}
+    row = {"_video": {"source": source, "video_id": None}, "_refusal": refusal}
     (outcome,) = stage.process([row])
     return outcome
 
@@ -166,7 +166,7 @@ def test_local_files_are_used_where_they_lie(tmp_path):
     missing = fetch(str(tmp_path / "b.mp4"), tmp_path)
     assert isinstance(missing, Drop)
     assert missing.reason == "missing_file"
-    again = fetch(str(video), tmp_path, duplicate_of="/elsewhere.mp4")
+    again = fetch(str(video), tmp_path, refusal={"reason": "duplicate", "detail": "x"})
     assert isinstance(again, Drop)
     assert again.reason == "duplicate"
 

@@ -72,7 +72,8 @@ def flow(names):
             "source_version": "",
             "file_bytes": 1,
             "attempts": None,
-            "duplicate_of": None,
+            "refusal": None,
+            "spans": None,
         }
         for n in names
     ]
@@ -155,7 +156,8 @@ def test_a_stage_that_breaks_the_contract_is_named(answer, said):
                 "source_version": "",
                 "file_bytes": 1,
                 "attempts": 0,
-                "duplicate_of": None,
+                "refusal": None,
+                "spans": None,
             }
         ]
     )

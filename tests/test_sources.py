@@ -55,8 +55,8 @@ def write_ledger(path, rows):
 
 def todo_of(plan):
     return {
-        os.path.basename(row["source"]): row["duplicate_of"]
-        and os.path.basename(row["duplicate_of"])
+        os.path.basename(row["source"]): row["refusal"]
+        and os.path.basename(row["refusal"]["detail"])
         for row in pq.read_table(plan.todo).to_pylist()
     }
 

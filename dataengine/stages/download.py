@@ -25,7 +25,6 @@ from pydantic import Field
 from dataengine import records
 from dataengine.sources import VIDEO_SUFFIXES
 from dataengine.stage import Drop, Kept, Outcome, Row, Stage
-from dataengine.stages.transcribe import SUBTITLE_STRUCT
 
 _LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]+)*")
 _SUBTITLE_SUFFIXES = (".srt", ".vtt")
@@ -120,12 +119,12 @@ class DownloadStage(Stage):
     """Source row -> the same row with a local file, or a Drop that says why there is none."""
 
     name = "download"
-    inputs = ("_video", "_duplicate_of")
+    inputs = ("_video", "_refusal")
     outputs = pa.schema(
         [
             ("_video", pa.struct(list(records.VIDEO_SCHEMA))),
             ("_path", pa.string()),
-            ("_subtitles", pa.list_(SUBTITLE_STRUCT)),
+            ("_subtitles", pa.list_(records.SUBTITLE_STRUCT)),
             ("video_id", pa.string()),
             ("source_url", pa.string()),
             ("title", pa.string()),
@@ -162,12 +161,12 @@ class DownloadStage(Stage):
 
     def process(self, batch: Sequence[Row]) -> list[Outcome]:
         """Locates or fetches each source."""
-        return [self._locate(row["_video"], row["_duplicate_of"]) for row in batch]
+        return [self._locate(row["_video"], row["_refusal"]) for row in batch]
 
-    def _locate(self, video: Row, duplicate_of: str | None) -> Outcome:
+    def _locate(self, video: Row, refusal: Row | None) -> Outcome:
         source = video["source"]
-        if duplicate_of:
-            return Drop("duplicate", f"same bytes as {duplicate_of}")
+        if refusal:
+            return Drop(refusal["reason"], refusal["detail"])
         try:
             located = self._fetch(source) if records.is_url(source) else _local(source)
             size = os.path.getsize(located["_path"])

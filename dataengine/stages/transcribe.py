@@ -29,19 +29,6 @@ from dataengine.records import SEGMENT_STRUCT
 from dataengine.stage import Kept, Outcome, Row, Stage, provenance
 from dataengine.stages.caption_audio import clip_waveform
 
-SUBTITLE_STRUCT = pa.struct(
-    [
-        ("language", pa.string()),
-        ("start_ms", pa.int64()),
-        ("end_ms", pa.int64()),
-        ("text", pa.string()),
-    ]
-)
-"""One cue of a source's subtitles; the column ``_subtitles`` is a list of these, or null.
-
-Times are on the source video's clock; language is a BCP 47 tag or null; tracks may be mixed.
-"""
-
 _LONG_CODES = {
     "eng": "en", "deu": "de", "ger": "de", "fra": "fr", "fre": "fr", "spa": "es", "ita": "it",
     "por": "pt", "rus": "ru", "zho": "zh", "chi": "zh", "jpn": "ja", "kor": "ko", "ara": "ar",
