@@ -57,6 +57,9 @@ SPAN_STRUCT = pa.struct(
 Times are on the source video's clock; what the list does not say is null.
 """
 
+GIVEN = "given"
+"""Model name, in the provenance, of what a published annotation list says."""
+
 REFUSAL_STRUCT = pa.struct([("reason", pa.string()), ("detail", pa.string())])
 """Why the plan keeps a source from being fetched (``duplicate``, ``excluded``): the column
 ``_refusal``, null for all others."""
@@ -201,6 +204,7 @@ VIDEO_SCHEMA = pa.schema(
 # ----------------------------------------------------------------------------------------- ids
 
 _YOUTUBE_ID = re.compile(r"[0-9A-Za-z_-]{11}")
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _YOUTUBE_HOSTS = {"youtube.com", "www.youtube.com", "m.youtube.com", "music.youtube.com"}
 
 
@@ -237,6 +241,12 @@ def youtube_id(source: str) -> str | None:
 def is_url(source: str) -> bool:
     """Returns whether a source is fetched over the network rather than read from a file."""
     return urlsplit(source).scheme.lower() in {"http", "https"}
+
+
+def is_object(source: str) -> bool:
+    """Returns whether a source lies in an object store: ``s3://``, ``gs://``, any fsspec URL."""
+    scheme = _SCHEME.match(source)
+    return scheme is not None and scheme[1].lower() not in {"http", "https", "file"}
 
 
 def canonical_url(url: str) -> str:
