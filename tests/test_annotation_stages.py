@@ -22,7 +22,7 @@ from dataengine.models.fusion import (
 )
 from dataengine.models.lid import bundled_lid_path, normalise_prediction
 from dataengine.records import CLIP_SCHEMA
-from dataengine.stage import Drop, Kept
+from dataengine.stage import Drop, Kept, provenance
 from dataengine.stages.caption_audio import CaptionAudioStage
 from dataengine.stages.caption_video import CaptionVideoStage
 from dataengine.stages.fuse import FuseStage
@@ -239,6 +239,16 @@ def test_preference_decides_between_sound_and_subtitles(monkeypatch):
     row["_subtitles"] = [cue(1000, 2000, "written")]
     recogniser.segments = []
     assert transcript(prefer="asr") == "written"
+
+
+def test_a_caption_that_came_with_the_clip_stays():
+    row = clip(caption_video="A red ball.", caption="a dog catches a ball")
+    row["provenance"] = [provenance("caption", records.GIVEN)]
+    columns = columns_of(run(FuseStage, [row])[0])
+    assert "caption" not in columns
+    assert "caption" not in {entry["column"] for entry in columns["provenance"]}
+    row["provenance"] = []
+    assert columns_of(run(FuseStage, [row])[0])["caption"] == "A red ball."
 
 
 # ---------------------------------------------------------------------------- language, English

@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 import random
+import subprocess
 from pathlib import Path
 
+import imageio_ffmpeg
 import numpy as np
 import pytest
 
 from dataengine import media
+from dataengine.activity import ActivityMeter
+from dataengine.clip_rules import group_spans, random_window, snap_span, split_shot
 from dataengine.models.shots import (
     AdaptiveSettings,
     ContentSettings,
@@ -15,22 +19,23 @@ from dataengine.models.shots import (
 from dataengine.sampling import FrameSampler, even_times, pick_nearest
 from dataengine.stage import Drop, Kept, Row
 from dataengine.stages import segment
-from dataengine.stages.segment import SegmentStage, mean_motion, split_shot
+from dataengine.stages.segment import SegmentStage
 from tests.media_factory import frame_number, make_video, truncate
 
 VFR = [n / 25 + (n % 3) * 0.009 + (0.5 if n > 70 else 0) for n in range(150)]
 
 
-def run(path: Path, **config) -> Kept | Drop:
+def run(path: Path, spans=None, **config) -> Kept | Drop:
     stage = SegmentStage(SegmentStage.Config(**config))
     stage.setup()
     row = {"video_id": "v", "source_url": "u", "_video": {"title": "t"}, "_path": str(path)}
+    row["_spans"] = spans
     (outcome,) = stage.process([row])
     return outcome  # pyright: ignore[reportReturnType]
 
 
-def clips(path: Path, **config) -> list[Row]:
-    outcome = run(path, **config)
+def clips(path: Path, spans=None, **config) -> list[Row]:
+    outcome = run(path, spans, **config)
     assert isinstance(outcome, Kept), outcome
     return [dict(row) for row in outcome.rows]
 
@@ -78,9 +83,103 @@ def test_long_shots_are_cut_into_equal_pieces(num_frames, max_us, expected):
     assert split_shot(times, 5_000 + 1_000 * num_frames, max_us) == expected
 
 
-def test_motion_leaves_out_the_jump_from_the_clip_before():
-    assert mean_motion([0.9, 0.1, 0.3]) == pytest.approx(0.2)
-    assert mean_motion([0.9]) == 0.0
+def test_a_random_window_is_whole_and_the_same_for_the_same_seed():
+    draw = random.Random(5)
+    starts = set()
+    for case in range(300):
+        times, now = [], draw.randrange(10_000)
+        for _ in range(draw.randrange(2, 200)):
+            times.append(now)
+            now += draw.choice([1_000, 1_000, 40_000, 700_000])
+        end_us, max_us = now, (now - times[0]) * draw.randrange(1, 100) // 100 or 1
+        first, after, stop_us = random_window(times, end_us, max_us, f"v_{case}")
+        assert (first, after, stop_us) == random_window(times, end_us, max_us, f"v_{case}")
+        assert 0 <= first < after <= len(times)
+        assert stop_us == (times[after] if after < len(times) else end_us)
+        assert stop_us - times[first] <= max_us or after == first + 1
+        # No longer than needed: one more frame would be too much, unless the shot ends there.
+        if after < len(times):
+            longer_us = times[after + 1] if after + 1 < len(times) else end_us
+            assert longer_us - times[first] > max_us
+        starts.add(first)
+    assert len(starts) > 40
+
+
+@pytest.mark.parametrize(
+    ("span_us", "frames"),
+    [
+        ((0, 120_000), (0, 3)),
+        ((39_000, 81_000), (1, 2)),  # published times are rounded either way
+        ((41_000, 119_000), (1, 3)),
+        ((100_000, 900_000), (2, 5)),  # beyond the end: up to it
+        ((45_000, 46_000), (1, 2)),  # never empty
+        ((200_000, 300_000), None),
+        ((199_000, 300_000), (4, 5)),
+        ((-50_000, 0), None),
+    ],
+)
+def test_published_spans_snap_to_the_nearest_frames(span_us, frames):
+    assert snap_span([0, 40_000, 80_000, 120_000, 160_000], 200_000, span_us) == frames
+
+
+def test_spans_far_apart_are_decoded_apart():
+    spans = [(100, 110), (0, 10), (5, 40), (45, 50), (300, 301)]
+    assert group_spans(spans, 20) == [(0, 50, [1, 2, 3]), (100, 110, [0]), (300, 301, [4])]
+    assert group_spans([], 20) == []
+
+
+# --------------------------------------------------------------------------------------- activity
+
+
+def _meter(values, fps=25):
+    """Returns a meter that has seen grey pictures of these values, a gradient laid over them."""
+    meter = ActivityMeter()
+    gradient = np.linspace(0, 40, 100, dtype=np.uint8)[None, :, None]
+    for n, value in enumerate(values):
+        picture = np.full((60, 100, 3), np.uint8(value), np.uint8) + gradient
+        meter.push(n * 1_000_000 // fps, picture)
+    return meter
+
+
+def test_nothing_moves_in_a_still_and_everything_in_a_strobe():
+    still, strobe = _meter([90] * 50), _meter([40, 40, 40, 200, 200, 200] * 10)
+    assert still.still_score(0, 50) == 1.0
+    assert still.motion_score(0, 50) == still.jump_score(0, 50, 2_000_000) == 0.0
+    assert strobe.still_score(0, 60) == 0.0
+    assert strobe.jump_score(0, 60, 2_400_000) == pytest.approx(19 / 2.4)
+
+
+def test_a_flash_whose_period_is_the_step_is_not_still():
+    # Every fifth frame (200 ms at 25 fps) looks the same.
+    assert _meter([90, 90, 250, 90, 90] * 10).still_score(0, 50) == 0.0
+
+
+def test_what_moves_in_colour_alone_is_not_still():
+    meter = ActivityMeter()
+    for n in range(50):
+        picture = np.full((60, 100, 3), 100, np.uint8)
+        # As bright as the ground (0.114 B + 0.587 G + 0.299 R = 100), but red.
+        picture[20:40, n : n + 20] = (100, 49, 200)
+        meter.push(n * 40_000, picture)
+    assert meter.motion_score(0, 50) < 0.001
+    assert meter.still_score(0, 50) == 0.0
+
+
+def test_a_pan_over_a_rough_texture_does_not_jump():
+    noise = np.random.default_rng(0).integers(0, 256, (60, 400, 1), np.uint8).repeat(3, axis=2)
+    meter = ActivityMeter()
+    for n in range(50):
+        meter.push(n * 40_000, np.ascontiguousarray(noise[:, 5 * n : 5 * n + 100]))
+    assert meter.motion_score(0, 50) > 0.2
+    assert meter.jump_score(0, 50, 2_000_000) == 0.0
+
+
+def test_scores_of_a_span_do_not_see_its_neighbours():
+    meter = _meter([40] * 50 + [200] * 50 + [40, 200] * 25)
+    assert meter.motion_score(50, 100) == 0.0
+    assert meter.still_score(50, 100) == 1.0
+    assert meter.jump_score(50, 100, 4_000_000) == 0.0
+    assert meter.jump_score(0, 150, 6_000_000) == pytest.approx(51 / 6)
 
 
 # --------------------------------------------------------------------------------------- sampling
@@ -269,6 +368,126 @@ def test_long_shots_become_equal_pieces(tmp_path):
         assert all(row["start_ms"] <= n * 40 < row["end_ms"] for n in found)
 
 
+def test_one_window_of_a_long_shot_is_taken_and_the_rest_is_accounted_for(tmp_path):
+    path = make_video(tmp_path / "a.mp4", shot_frames=(50, 150))
+    rows = clips(path, max_clip_ms=2500, long_shots="random")
+    assert rows[0]["end_ms"] == rows[1]["start_ms"] == 2000
+    assert [a["end_ms"] for a in rows[:-1]] == [b["start_ms"] for b in rows[1:]]
+    assert sum(row["duration_ms"] for row in rows) == 8000
+    (window,) = (row for row in rows[1:] if "_drop" not in row)
+    assert window["duration_ms"] == 2480 or window["duration_ms"] == 2500
+    assert {row["_drop"]["reason"] for row in rows[1:] if "_drop" in row} == {"outside_window"}
+    found = numbers(window)
+    assert len(found) == 8
+    assert all(window["start_ms"] <= n * 40 < window["end_ms"] for n in found)
+    assert rows == clips(path, max_clip_ms=2500, long_shots="random")
+
+
+@pytest.mark.parametrize(
+    ("picture", "limits", "reason"),
+    [
+        ("color=red:s=192x128:d=2", {"max_still": 0.9}, "still"),
+        ("nullsrc=s=192x128:d=2,geq=lum=255*mod(floor(N/3)\\,2):cb=128:cr=128", {"max_jumps": 4.0},
+         "extreme_dynamics"),
+    ],
+)  # fmt: skip
+def test_still_and_restless_clips_are_dropped_when_asked(picture, limits, reason, tmp_path):
+    path = tmp_path / "a.mp4"
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-v", "error", "-f", "lavfi"]
+    subprocess.run([*command, "-i", picture, str(path)], check=True, stdin=subprocess.DEVNULL)
+    assert isinstance(run(path, detector=WholeSettings()), Kept)
+    outcome = run(path, detector=WholeSettings(), **limits)
+    assert isinstance(outcome, Drop)
+    assert (outcome.reason, outcome.detail) == ("no_clips", f"1 spans, all dropped: {reason}")
+    assert isinstance(run(make_video(tmp_path / "b.mp4"), **limits), Kept)
+
+
+def test_detectors_agree_at_cuts_and_only_there(tmp_path):
+    path = make_video(tmp_path / "a.mp4", shot_frames=(50, 150))
+    both = {"also": [AdaptiveSettings()], "max_clip_ms": 3000}
+    rows = clips(path, **both)
+    names = ["scenedetect/content", "scenedetect/adaptive"]
+    assert [row["start_ms"] for row in rows] == [0, 2000, 5000]
+    assert [row["start_detectors"] for row in rows] == [[], names, []]
+    assert [row["end_detectors"] for row in rows] == [names, [], []]
+    assert "start_detectors" not in clips(path)[0]
+
+
+# -------------------------------------------------------------------------------------- given spans
+
+
+def _spans(*spans_ms):
+    empty = {"caption": None, "aesthetic_score": None, "video_text_score": None}
+    return [empty | {"start_ms": a, "end_ms": b} for a, b in spans_ms]
+
+
+def test_given_spans_are_the_clips_whatever_the_shots(tmp_path):
+    path = make_video(tmp_path / "a.mp4")
+    rows = clips(path, _spans((3000, 4000), (501, 2959), (1000, 3000)))
+    assert [(row["start_ms"], row["end_ms"]) for row in rows] == [
+        (520, 2960),
+        (1000, 3000),
+        (3000, 4000),
+    ]
+    for row in rows:
+        found = numbers(row)
+        assert len(found) == 8
+        assert [n * 40 for n in found] == row["frame_ms"]
+        assert all(row["start_ms"] <= t < row["end_ms"] for t in row["frame_ms"])
+        assert row["_frame_us"][0] == row["start_ms"] * 1000
+        assert row["_frame_us"][-1] == row["end_ms"] * 1000
+        assert row["provenance"][0]["model"] == "given"
+
+
+def test_what_the_list_says_of_a_clip_is_kept_and_named(tmp_path):
+    spans = _spans((0, 1000), (1000, 2000))
+    spans[1] |= {"caption": "a dog", "aesthetic_score": 4.5}
+    first, second = clips(make_video(tmp_path / "a.mp4"), spans)
+    assert "caption" not in first
+    assert (second["caption"], second["aesthetic_score"]) == ("a dog", 4.5)
+    assert "video_text_score" not in second
+    named = {entry["column"]: entry["model"] for entry in second["provenance"]}
+    assert named == {"start_ms": "given", "caption": "given", "aesthetic_score": "given"}
+
+
+def test_spans_that_no_frame_belongs_to_are_dropped_by_name(tmp_path):
+    path = make_video(tmp_path / "a.mp4")
+    good, twice, outside = clips(path, _spans((0, 1000), (9000, 9500), (1, 1001)))
+    assert good["clip_id"] == "v_0_1000"
+    assert twice["_drop"]["reason"] == "span_repeated"
+    assert outside["_drop"]["reason"] == "span_outside_video"
+    assert outside["clip_id"] == "v_9000_9500"
+    outcome = run(path, _spans((9000, 9500)))
+    assert isinstance(outcome, Drop)
+    assert outcome.reason == "no_clips"
+    assert "span_outside_video" in outcome.detail
+
+
+@pytest.mark.parametrize("name", ["long.mp4", "long.mkv", "long.avi", "long.ts"])
+def test_seeking_between_spans_changes_nothing(name, tmp_path, monkeypatch):
+    path = make_video(tmp_path / name, shot_frames=(100,) * 12)  # 48 s
+    spans = _spans(
+        (1000, 2000), (20_000, 21_000), (21_500, 24_500), (44_000, 46_000), (99_000, 1e6)
+    )
+    decoded = []
+    measure = segment._GivenSpans.measure
+    monkeypatch.setattr(
+        segment._GivenSpans,
+        "measure",
+        lambda self, frame, px: (decoded.append(frame.time_us), measure(self, frame, px))[1],
+    )
+    sought = clips(path, spans)
+    assert len(decoded) < 600
+    monkeypatch.setattr(segment, "SEEK_GAP_US", 10**12)
+    monkeypatch.setattr(segment, "_LEAD_US", 10**12)
+    whole = clips(path, spans)
+    assert [row["clip_id"] for row in sought] == [row["clip_id"] for row in whole]
+    for a, b in zip(sought[:-1], whole[:-1], strict=True):
+        assert a["_frame_us"] == b["_frame_us"]
+        assert numbers(a) == numbers(b)
+        assert a["motion_score"] == pytest.approx(b["motion_score"])
+
+
 def test_a_clip_with_few_frames_gives_them_all(tmp_path):
     path = make_video(tmp_path / "a.mp4", shot_frames=(5,), fps=4)
     (row,) = clips(path)
@@ -325,7 +544,7 @@ def test_videos_beyond_the_limits_are_dropped_by_name(config, reason, tmp_path):
 
 def test_length_is_measured_where_the_header_is_silent(tmp_path, monkeypatch):
     path = make_video(tmp_path / "a.mp4")
-    monkeypatch.setattr(SegmentStage, "_refuse", lambda self, info: None)
+    monkeypatch.setattr(SegmentStage, "_refuse", lambda self, info, has_spans: None)
     outcome = run(path, max_duration_s=5.0)
     assert isinstance(outcome, Drop)
     assert outcome.reason == "too_long"

@@ -4,7 +4,8 @@
 The five captions of InternVideo2 (App. B.2) are ``caption_video`` (V), ``caption_audio`` (A),
 ``caption_speech`` (S), ``caption_av`` (AV) and ``caption_avs`` (AVS). ``caption`` is a copy of
 one of them: the video caption unless told otherwise, since that is what InternVid trains ViCLIP
-on, and a model that sees frames alone cannot learn what is only heard.
+on, and a model that sees frames alone cannot learn what is only heard. A caption that came with a
+published annotation list stays.
 """
 
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from typing import Literal
 
 import pyarrow as pa
 
+from dataengine import records
 from dataengine.models.fusion import Captions, FuserConfig, TemplateConfig, build_fuser
 from dataengine.stage import Kept, Outcome, Row, Stage, provenance
 
@@ -21,7 +23,8 @@ class FuseStage(Stage):
 
     name = "fuse"
     inputs = (
-        "caption_video", "caption_audio", "transcript", "transcript_en", "language", "provenance",
+        "caption_video", "caption_audio", "transcript", "transcript_en", "language", "caption",
+        "provenance",
     )  # fmt: skip
     outputs = pa.schema(
         [(name, pa.string()) for name in ("caption_speech", "caption_av", "caption_avs", "caption")]
@@ -56,15 +59,24 @@ class FuseStage(Stage):
                 for name, text in columns.items()
                 if text
             ]
-            chosen = self.config.caption
-            columns["caption"] = row.get(chosen) if chosen not in columns else columns[chosen]
-            wrote += [
-                entry | {"column": "caption"}
-                for entry in [*(row.get("provenance") or ()), *wrote]
-                if entry["column"] == chosen and columns["caption"]
-            ]
+            if not _is_given(row):
+                chosen = self.config.caption
+                columns["caption"] = row.get(chosen) if chosen not in columns else columns[chosen]
+                wrote += [
+                    entry | {"column": "caption"}
+                    for entry in [*(row.get("provenance") or ()), *wrote]
+                    if entry["column"] == chosen and columns["caption"]
+                ]
             outcomes.append(Kept((columns | {"provenance": wrote},)))
         return outcomes
+
+
+def _is_given(row: Row) -> bool:
+    """Returns whether a clip's caption came with it."""
+    return bool(row.get("caption")) and any(
+        entry["column"] == "caption" and entry["model"] == records.GIVEN
+        for entry in row.get("provenance") or ()
+    )
 
 
 def _captions(row: Row) -> Captions:
