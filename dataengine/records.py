@@ -240,7 +240,10 @@ def youtube_id(source: str) -> str | None:
 
 def is_url(source: str) -> bool:
     """Returns whether a source is fetched over the network rather than read from a file."""
-    return urlsplit(source).scheme.lower() in {"http", "https"}
+    try:
+        return urlsplit(source).scheme.lower() in {"http", "https"}
+    except ValueError:
+        return False  # such as an unclosed bracket
 
 
 def is_object(source: str) -> bool:
