@@ -169,6 +169,25 @@ def verify(
 
 
 @app.command()
+def remove(
+    corpus: CorpusArgument,
+    video_id: Annotated[
+        list[str], typer.Option(help="Column video_id; of YouTube, its own id. May be repeated.")
+    ],
+) -> None:
+    """Take videos out of a corpus everywhere, for good: a later ingest will not bring them back."""
+    from dataengine.corpus import Corpus
+    from dataengine.remove import remove as run_remove
+
+    removal = run_remove(Corpus.open(corpus), video_id)
+    _LIVE.print(
+        f"Removed {removal.num_videos:,} videos with {removal.num_clips:,} clips "
+        f"from {len(removal.shards):,} shards.",
+        highlight=False,
+    )
+
+
+@app.command()
 def report(
     corpus: CorpusArgument,
     run: Annotated[str | None, typer.Option(help="Default: the newest run.")] = None,

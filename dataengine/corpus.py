@@ -14,6 +14,7 @@ and started again, and every clip is there exactly once.
 """
 
 import contextlib
+import fcntl
 import itertools
 import json
 import os
@@ -70,14 +71,15 @@ class Corpus:
             raise CorpusError(
                 f"Not a corpus, and not empty: {url}", "choose a new folder for --corpus"
             )
-        for folder in ("shards", "videos", "catalog", "runs"):
-            corpus.fs.makedirs(corpus.path(folder), exist_ok=True)
         about = {
             "format_version": records.FORMAT_VERSION,
             "schema": [f"{field.name}: {field.type}" for field in records.CLIP_SCHEMA],
             "created_ms": int(time.time() * 1000),
         }
+        # First, so that whatever is killed after this leaves a corpus.
         corpus.publish("corpus.json", lambda file: file.write(json.dumps(about, indent=1).encode()))
+        for folder in ("shards", "videos", "catalog", "runs"):
+            corpus.fs.makedirs(corpus.path(folder), exist_ok=True)
         return corpus
 
     @classmethod
@@ -85,19 +87,25 @@ class Corpus:
         """Opens an existing corpus.
 
         Raises:
-            CorpusError: If there is none, or its format is newer than this code.
+            CorpusError: If there is none, it is damaged, or its format is newer than this code.
         """
         corpus = cls(_absolute(url))
         try:
             about = json.loads(corpus.fs.cat_file(corpus.path("corpus.json")))
+            version = int(about["format_version"])
         except FileNotFoundError:
             raise CorpusError(
                 f"Not a corpus: {url} (it has no corpus.json)",
                 "make one with: dataengine ingest PIPELINE --sources ... --corpus " + url,
             ) from None
-        if about["format_version"] > records.FORMAT_VERSION:
+        except (ValueError, KeyError, TypeError):
             raise CorpusError(
-                f"Corpus format {about['format_version']} of {url} is newer than this version",
+                f"Damaged: corpus.json of {url}",
+                f'a corpus of this version says {{"format_version": {records.FORMAT_VERSION}}} there',
+            ) from None
+        if version > records.FORMAT_VERSION:
+            raise CorpusError(
+                f"Corpus format {version} of {url} is newer than this version",
                 "update dataengine",
             )
         return corpus
@@ -158,6 +166,27 @@ class Corpus:
                 os.unlink(temporary)
             raise
 
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds a local corpus for one writer; the lock goes with the process, however it ends.
+
+        Object stores have no locks: there the newest run wins (`take_over`).
+
+        Raises:
+            CorpusError: If another process holds it.
+        """
+        if not self.is_local:
+            yield
+            return
+        with open(self.path(".lock"), "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise CorpusError(
+                    f"Another run is writing to {self.url}", "wait for it, or use another corpus"
+                ) from None
+            yield
+
     def take_over(self, run_id: str) -> None:
         """Makes a run the only one whose commits are accepted."""
         self.publish("runs/current", lambda file: file.write(run_id.encode()))
@@ -204,11 +233,11 @@ class Corpus:
         self.check_current(run_id)
         if shard:
             catalog = self._write_shard(shard, clips, row_group_bytes)
-        self.publish(f"videos/{run_id}-{part}.parquet", lambda file: _write_small(ledger, file))
+        self.publish(f"videos/{run_id}-{part}.parquet", lambda file: write_small(ledger, file))
         if shard and catalog is not None:
             # Last look before the commit: a run that was killed may still have live workers.
             self.check_current(run_id)
-            self.publish(f"catalog/{shard}.parquet", lambda file: _write_small(catalog, file))
+            self.publish(f"catalog/{shard}.parquet", lambda file: write_small(catalog, file))
         return shard
 
     def _write_shard(self, shard: str, clips: pa.Table, row_group_bytes: int) -> pa.Table:
@@ -218,15 +247,7 @@ class Corpus:
         groups = list(row_groups(_media_bytes(clips), row_group_bytes))
 
         def write(file: BinaryIO) -> None:
-            text = [n for n in schema.names if n not in (*records.MEDIA_COLUMNS, "frame_ms")]
-            options: dict[str, Any] = {
-                # Media is compressed already; a dictionary or statistics of it only cost time.
-                "compression": {path: _codec(path) for path in _leaf_paths(schema)},
-                "use_dictionary": text,
-                "write_statistics": text,
-                "write_page_index": True,
-            }
-            with pq.ParquetWriter(file, schema, **options) as writer:
+            with pq.ParquetWriter(file, schema, **writer_options(schema)) as writer:
                 for start, stop in groups:
                     writer.write_table(
                         clips.slice(start, stop - start), row_group_size=stop - start
@@ -335,6 +356,18 @@ def row_groups(sizes: Sequence[int], limit: int) -> Iterator[tuple[int, int]]:
         yield start, len(sizes)
 
 
+def writer_options(schema: pa.Schema) -> dict[str, Any]:
+    """Returns how a shard is written: options of ``pyarrow.parquet.ParquetWriter``."""
+    text = [n for n in schema.names if n not in (*records.MEDIA_COLUMNS, "frame_ms")]
+    return {
+        # Media is compressed already; a dictionary or statistics of it only cost time.
+        "compression": {path: _codec(path) for path in _leaf_paths(schema)},
+        "use_dictionary": text,
+        "write_statistics": text,
+        "write_page_index": True,
+    }
+
+
 def _counts(part: str, committed: set[str]) -> bool:
     """Returns whether a videos part, ``<run>-<shard>`` or ``<run>-drops-<hash>``, is committed."""
     _, middle, last = ("-", *part.split("-"))[-3:]
@@ -382,7 +415,8 @@ def _codec(path: str) -> str:
     return "NONE" if path.split(".")[0] in records.MEDIA_COLUMNS else "ZSTD"
 
 
-def _write_small(table: pa.Table, file: BinaryIO) -> None:
+def write_small(table: pa.Table, file: BinaryIO) -> None:
+    """Writes a table without media."""
     pq.write_table(table, file, compression="zstd", write_page_index=True)
 
 

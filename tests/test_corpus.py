@@ -180,7 +180,7 @@ def _break_twin(corpus, change):
     ("change", "said"),
     [
         (lambda rows: rows.append(rows[0]), "is there 2 times"),
-        (lambda rows: rows.pop(), "the catalog twin has 1"),
+        (lambda rows: rows.pop(), "is not in the catalog twin"),
         (lambda rows: rows[0].update(caption="other"), "differs in caption"),
         (lambda rows: rows[0].update(row_group=7), "differs in row_group"),
         (lambda rows: rows[0].update(end_ms=0), "span [0, 0)"),

@@ -5,7 +5,7 @@ import csv
 import json
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any, BinaryIO, Literal, TextIO
+from typing import Any, BinaryIO, TextIO
 
 import duckdb
 import pyarrow as pa
@@ -13,9 +13,7 @@ import pyarrow.parquet as pq
 
 from dataengine import records
 from dataengine.corpus import Corpus
-from dataengine.errors import ConfigError
-
-Format = Literal["table", "csv", "jsonl", "parquet"]
+from dataengine.errors import ConfigError, CorpusError
 
 DEFAULT_COLUMNS = ("clip_id", "duration_ms", "language", "clip_score", "motion_score", "caption")
 """What a query shows when nothing is selected."""
@@ -29,12 +27,21 @@ def connect(corpus: Corpus) -> duckdb.DuckDBPyConnection:
 
     ``clips`` is the catalog, ``videos`` the current ledger row of every source. The SQL that runs
     on it can read the corpus' catalog and ledger, but no other file, and no network.
+
+    Raises:
+        CorpusError: If the catalog or the ledger is damaged.
     """
     db = duckdb.connect()
     if not corpus.is_local:
         db.register_filesystem(corpus.fs)
-    _view(db, "clips", corpus, corpus.catalog_parts(), records.CATALOG_SCHEMA)
-    _view(db, "all_videos", corpus, corpus.video_parts(), records.VIDEO_SCHEMA)
+    try:
+        _view(db, "clips", corpus, corpus.catalog_parts(), records.CATALOG_SCHEMA)
+        _view(db, "all_videos", corpus, corpus.video_parts(), records.VIDEO_SCHEMA)
+    except duckdb.Error as error:
+        raise CorpusError(
+            f"Damaged: the catalog of {corpus.url} cannot be read: {str(error).splitlines()[0]}",
+            f"dataengine verify {corpus.url} names the files",
+        ) from None
     db.execute(
         "create view videos as select * from all_videos "
         "qualify row_number() over (partition by source order by finished_ms desc) = 1"

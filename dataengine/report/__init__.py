@@ -83,7 +83,7 @@ def _card(corpus: Corpus, row: dict[str, Any]) -> dict[str, Any]:
     return {
         **row,
         "name": row["title"] or row["source"].rsplit("/", 1)[-1],
-        "frames": [_data_url("image/jpeg", frame) for frame in media["frames"]],
+        "frames": [_data_url("image/jpeg", frame) for frame in media["frames"] or ()],
         "video": _data_url("video/mp4", mp4) if 0 < len(mp4) <= _MOST_VIDEO_BYTES else None,
     }
 

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Takes videos out of a corpus everywhere, for a takedown, and keeps them from coming back.
+
+What is removed leaves an empty row (all columns null) in its shard, so that every other clip keeps
+its place and readers and subsets stay right at every moment. The order is: ledger, catalog, shard,
+subsets, runs, cache. Each file is replaced whole, each step may be done again: after a kill, the same
+command finishes the work. What stays is the source's name and video id with the status ``removed``.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dataengine import records
+from dataengine.corpus import Corpus, write_small, writer_options
+from dataengine.errors import CorpusError
+from dataengine.report import write_report
+from dataengine.stages.download import forget
+
+_KEPT_FACTS = (
+    *("source", "source_version", "video_id", "attempts", "run_id", "fingerprint", "shard"),
+    "file_bytes",  # by which a copy of the file is recognised
+)
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What was taken out."""
+
+    num_videos: int
+    num_clips: int
+    shards: tuple[str, ...]
+
+
+def remove(corpus: Corpus, video_ids: Collection[str]) -> Removal:
+    """Removes videos, by id, from every file of a corpus.
+
+    Args:
+        corpus: No run may be writing to it.
+        video_ids: As in the column ``video_id``; a YouTube video has its YouTube id.
+
+    Returns:
+        What this call found and took out: nothing is left when it is called again.
+
+    Raises:
+        CorpusError: If the ledger does not know one of the ids (then nothing is touched), or another
+            run holds the corpus.
+    """
+    ids = frozenset(video_ids)
+    with corpus.locked():
+        shards, runs = _look_up(corpus, ids)
+        corpus.take_over(f"remove-{int(time.time() * 1000)}")
+        corpus.sweep()
+        for path in corpus.video_parts():
+            _rewrite(corpus, path, records.VIDEO_SCHEMA, lambda table: _tombstones(table, ids))
+        num_clips = 0
+        for shard in shards:
+            name = f"catalog/{shard}.parquet"
+            before = pq.read_metadata(corpus.path(name), filesystem=corpus.fs).num_rows
+            _rewrite(
+                corpus,
+                corpus.path(name),
+                records.CATALOG_SCHEMA,
+                lambda table: _without(table, ids),
+            )
+            after = pq.read_metadata(corpus.path(name), filesystem=corpus.fs).num_rows
+            num_clips += before - after
+            _blank(corpus, shard, ids)
+        for name in corpus.names("subsets"):
+            path = corpus.path("subsets", f"{name}.parquet")
+            _rewrite(corpus, path, None, lambda table: _without(table, ids))
+        _clean_runs(corpus, ids, runs)
+        if corpus.is_local:
+            for video_id in ids:
+                forget(corpus.path("cache"), video_id)
+    return Removal(len(ids), num_clips, tuple(shards))
+
+
+def _look_up(corpus: Corpus, ids: frozenset[str]) -> tuple[list[str], list[str]]:
+    """Returns the shards that hold the videos and the runs that worked on them."""
+    found = [
+        row
+        for path in corpus.video_parts()
+        for row in _read(corpus, path, ["video_id", "shard", "run_id"]).to_pylist()
+        if row["video_id"] in ids
+    ]
+    unknown = sorted(ids - {row["video_id"] for row in found})
+    if unknown:
+        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        raise CorpusError(
+            f"No video {', '.join(unknown[:5])}{more} in {corpus.url}; nothing was removed",
+            'dataengine query CORPUS "select video_id, source from videos" lists them',
+        )
+    shards = {row["shard"] for row in found if row["shard"]}
+    return sorted(shards), sorted({row["run_id"] for row in found})
+
+
+def _read(corpus: Corpus, path: str, columns: list[str] | None = None) -> pa.Table:
+    with corpus.fs.open(path, "rb") as file:
+        return pq.read_table(file, columns=columns)
+
+
+def _rewrite(
+    corpus: Corpus,
+    path: str,
+    schema: pa.Schema | None,
+    change: Callable[[pa.Table], pa.Table | None],
+) -> None:
+    """Replaces a small Parquet file by what ``change`` makes of it; None leaves it."""
+    changed = change(_read(corpus, path))
+    if changed is not None:
+        final = changed if schema is None else changed.cast(schema)
+        name = path.removeprefix(f"{corpus.root}/")
+        corpus.publish(name, lambda file: write_small(final, file))
+
+
+def _tombstones(table: pa.Table, ids: frozenset[str]) -> pa.Table | None:
+    """Returns ledger rows in which those of the videos say only that they were removed."""
+    rows = table.to_pylist()
+    hit = [row["video_id"] in ids and row["status"] != records.REMOVED for row in rows]
+    if not any(hit):
+        return None
+    now_ms = int(time.time() * 1000)
+    gone = dict.fromkeys(table.column_names)
+    for index, (row, is_hit) in enumerate(zip(rows, hit, strict=True)):
+        if is_hit:
+            rows[index] = {
+                **gone,
+                **{name: row[name] for name in _KEPT_FACTS},
+                "status": records.REMOVED,
+                "reason": records.REMOVED,
+                "finished_ms": now_ms,
+                "num_clips": 0,
+                "clips_ms": 0,
+                "dropped_clips": [],
+            }
+    return pa.Table.from_pylist(rows, schema=table.schema)
+
+
+def _without(table: pa.Table, ids: frozenset[str]) -> pa.Table | None:
+    """Returns the rows that are not of the videos; None if all are to stay."""
+    if "video_id" in table.column_names:
+        names = table["video_id"].to_pylist()
+    else:  # clip_id is <video_id>_<start_ms>_<end_ms>
+        names = [clip_id.rsplit("_", 2)[0] for clip_id in table["clip_id"].to_pylist()]
+    keep = [name not in ids for name in names]
+    return None if all(keep) else table.filter(pa.array(keep))
+
+
+def _blank(corpus: Corpus, shard: str, ids: frozenset[str]) -> None:
+    """Replaces a shard by one in which the rows of the videos are empty."""
+    with corpus.open_shard(shard) as file:
+        schema = file.schema_arrow
+        if ids.isdisjoint(file.read(columns=["video_id"])["video_id"].to_pylist()):
+            return
+
+        def write(out: BinaryIO) -> None:
+            with pq.ParquetWriter(out, schema, **writer_options(schema)) as writer:
+                for group in range(file.metadata.num_row_groups):
+                    rows = file.read_row_group(group)
+                    writer.write_table(_emptied(rows, ids), row_group_size=max(rows.num_rows, 1))
+
+        corpus.publish(f"shards/{shard}.parquet", write)
+
+
+def _emptied(rows: pa.Table, ids: frozenset[str]) -> pa.Table:
+    """Returns the rows with those of the videos replaced by nulls, in their places."""
+    held = enumerate(rows["video_id"].to_pylist())
+    # Taking a null index gives a null row.
+    index = pa.array([None if video_id in ids else i for i, video_id in held], pa.int64())
+    return rows.take(index).cast(rows.schema)
+
+
+def _clean_runs(corpus: Corpus, ids: frozenset[str], runs: Collection[str]) -> None:
+    """Takes the videos' given captions out of the runs' source lists, their frames out of reports."""
+    sources = {
+        row["source"]
+        for row in corpus.videos(["source", "video_id"]).to_pylist()
+        if row["video_id"] in ids
+    }
+    for run in runs:
+        path = corpus.path("runs", run, "sources.parquet")
+        if corpus.fs.exists(path):
+            _rewrite(corpus, path, None, lambda table: _without_spans(table, sources))
+        if corpus.fs.exists(corpus.path("runs", run, "report.html")):
+            with contextlib.suppress(CorpusError):
+                write_report(corpus, run)
+
+
+def _without_spans(table: pa.Table, sources: Collection[str]) -> pa.Table | None:
+    rows = table.to_pylist()
+    hit = [row for row in rows if row.get("spans") and row["source"] in sources]
+    for row in hit:
+        row["spans"] = None
+    return pa.Table.from_pylist(rows, schema=table.schema) if hit else None
