@@ -8,6 +8,7 @@ import pytest
 from dataengine import records
 from dataengine.corpus import Corpus, SupersededError, row_groups
 from dataengine.errors import CorpusError
+from dataengine.query.sql import connect
 from dataengine.query.verify import verify
 from tests.helpers import MP4, clip_row, clips_table, ledger_row, small_corpus
 
@@ -226,3 +227,31 @@ def test_row_groups_cover_every_row_once_and_close_at_the_limit(sizes, limit):
         assert sum(sizes[start:stop]) >= limit
     for start, stop in groups:
         assert sum(sizes[start : stop - 1]) < limit
+
+
+@pytest.mark.parametrize("text", ["", "{", "{}", "[]", '{"format_version": "x"}'])
+def test_a_damaged_corpus_json_is_one_message(tmp_path, text):
+    corpus = small_corpus(tmp_path / "c")
+    (tmp_path / "c" / "corpus.json").write_text(text)
+    with pytest.raises(CorpusError, match=r"Damaged: corpus\.json"):
+        Corpus.open(corpus.url)
+
+
+@pytest.mark.parametrize("folder", ["catalog", "videos"])
+@pytest.mark.parametrize("content", [b"", b"PAR1 this is not Parquet"])
+def test_a_damaged_catalog_is_named_and_the_rest_is_still_checked(tmp_path, folder, content):
+    corpus = small_corpus(tmp_path / "c", num_videos=3)
+    broken = sorted((tmp_path / "c" / folder).glob("*.parquet"))[1]
+    broken.write_bytes(content)
+    problems = verify(corpus).problems
+    assert any(f"{folder}/{broken.name} cannot be read" in problem for problem in problems)
+    with pytest.raises(CorpusError, match="Damaged"), connect(corpus) as db:
+        db.execute("select * from clips, videos").fetchall()
+
+
+def test_a_folder_left_by_a_kill_right_after_its_making_is_a_corpus(tmp_path, monkeypatch):
+    monkeypatch.setattr(type(Corpus(str(tmp_path)).fs), "makedirs", lambda *a, **k: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        Corpus.create(str(tmp_path / "c"))
+    monkeypatch.undo()
+    assert Corpus.create(str(tmp_path / "c")).catalog().num_rows == 0
