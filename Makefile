@@ -18,6 +18,13 @@ READY := .venv/.ready
 # A uv on the PATH, else one of our own in .tools: nothing is installed outside this folder.
 UV := $(shell command -v uv 2>/dev/null || echo .tools/bin/uv)
 
+# Handed to the shell through the environment, so that quotes, spaces and dollars stay what they are.
+# `value` keeps Make from expanding a dollar in them itself.
+override CORPUS := $(value CORPUS)
+override SOURCES := $(value SOURCES)
+override Q := $(value Q)
+export CORPUS PIPELINE SOURCES DEMO RECIPE Q
+
 # Ray would rebuild the environment of `uv run` for every worker, and hang.
 export RAY_ENABLE_UV_RUN_RUNTIME_ENV ?= 0
 
@@ -44,21 +51,21 @@ $(READY): pyproject.toml uv.lock
 	@touch $(READY)
 
 ingest: $(READY) ## bring SOURCES into CORPUS; without SOURCES, procedural demo videos
-ifeq ($(strip $(SOURCES)),)
-	@$(PY) -m dataengine demo $(DEMO) --num-videos $(NUM_VIDEOS)
-	@$(PY) -m dataengine ingest $(PIPELINE) --sources $(DEMO)/videos --corpus $(CORPUS) $(ARGS)
+ifeq ($(strip $(value SOURCES)),)
+	@$(PY) -m dataengine demo "$$DEMO" --num-videos $(NUM_VIDEOS)
+	@$(PY) -m dataengine ingest "$$PIPELINE" --sources "$$DEMO/videos" --corpus "$$CORPUS" $(ARGS)
 else
-	@$(PY) -m dataengine ingest $(PIPELINE) $(foreach s,$(SOURCES),--sources '$(s)') --corpus $(CORPUS) $(ARGS)
+	@$(PY) -m dataengine ingest "$$PIPELINE" --sources "$$SOURCES" --corpus "$$CORPUS" $(ARGS)
 endif
 
 query: $(READY) ## look at clips: make query Q="language = 'en'" ARGS="--limit 5"
-	@$(PY) -m dataengine query $(CORPUS) "$(Q)" $(ARGS)
+	@$(PY) -m dataengine query "$$CORPUS" "$$Q" $(ARGS)
 
 verify: $(READY) ## check that CORPUS keeps its contract
-	@$(PY) -m dataengine verify $(CORPUS) $(ARGS)
+	@$(PY) -m dataengine verify "$$CORPUS" $(ARGS)
 
 pretrain: $(READY) ## train RECIPE on CORPUS
-	@$(PY) -m training $(RECIPE) --data $(CORPUS) $(ARGS)
+	@$(PY) -m training "$$RECIPE" --data "$$CORPUS" $(ARGS)
 
 test: $(READY) ## the default tests
 	@$(PY) -m pytest $(ARGS)
@@ -79,7 +86,7 @@ fix: $(READY) ## let ruff mend what it can
 
 bench: $(READY) ## the measurements behind docs/performance.md
 	@$(PY) benchmarks/driver_memory.py
-	@$(PY) benchmarks/clip_auc.py $(CORPUS)
+	@$(PY) benchmarks/clip_auc.py "$$CORPUS"
 
 tiny-clip: $(READY) ## train the shipped tiny CLIP model again, from nothing
 	@bash training/tiny_clip.sh

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import Progress
 from rich.table import Table
 
 from dataengine import __version__
@@ -108,7 +109,14 @@ def demo(
     """Render procedural videos whose cuts, objects, sounds and speech are known."""
     from dataengine.demo import render_demo
 
-    truth = render_demo(directory, num_videos=num_videos, seed=seed)
+    with Progress(console=_LIVE, transient=True, disable=not _LIVE.is_terminal) as bars:
+        task = bars.add_task("rendering videos", total=num_videos)
+        truth = render_demo(
+            directory,
+            num_videos=num_videos,
+            seed=seed,
+            progress=lambda done, _: bars.update(task, completed=done),
+        )
     _LIVE.print(f"{num_videos} videos in {directory}, what is in them in {truth}", highlight=False)
 
 

@@ -69,10 +69,10 @@ class ProgressDisplay:
         """Draws a state."""
         elapsed = time.monotonic() - self._start
         done = snapshot.num_videos_done
-        note = _rate(done, elapsed, "videos")
+        whole = _rate(done, elapsed, "videos")
         if 0 < done < self._num_videos:
-            note += f", {duration(elapsed / done * (self._num_videos - done))} left"
-        self._update(self._videos, done, self._num_videos, note)
+            whole += f", {duration(elapsed / done * (self._num_videos - done))} left"
+        self._update(self._videos, done, self._num_videos, whole)
         upstream = self._num_videos
         for name, task in self._stages.items():
             counts = snapshot.stages.get(name, StageCounts())
@@ -93,7 +93,7 @@ class ProgressDisplay:
                 if name in snapshot.stages
             )
             self._console.print(
-                f"{duration(elapsed):>7}  videos {done} of {self._num_videos}  {stages}",
+                f"{duration(elapsed):>7}  videos {done} of {self._num_videos}  {whole}  {stages}",
                 highlight=False,
                 soft_wrap=True,
             )

@@ -130,10 +130,17 @@ def corpus(directory) -> list[Seen]:
     return [decode(directory, index) for index in indices]
 
 
-def test_same_seed_gives_same_bytes(directory, corpus, tmp_path):
+@pytest.mark.parametrize("kind", ["first", "b_frames"])
+def test_same_seed_gives_same_bytes(kind, directory, corpus, tmp_path):
     (tmp_path / "videos").mkdir()
     (tmp_path / "truth").mkdir()
     index = int(corpus[0].name.removeprefix("demo_"))
+    if kind == "b_frames":
+        index = next(
+            int(video.name.removeprefix("demo_"))
+            for video in corpus
+            if plan_video(SEED, int(video.name.removeprefix("demo_"))).trait == "b_frames"
+        )
     render_video(tmp_path, SEED, index, SYNTHESISER)
     again = sorted(path for path in tmp_path.rglob("*") if path.is_file())
     assert len(again) >= 2

@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--data",
         required=True,
         metavar="CORPUS[#SUBSET]",
-        help="a corpus folder or fsspec URL; all of it, or a subset made by `dataengine subset`",
+        help="a corpus folder or fsspec URL; all of it, or CORPUS/subsets/SUBSET.parquet",
     )
     parser.add_argument(
         "--set",

@@ -69,7 +69,8 @@ def write_video(path: Path, plan: Plan, frames: Iterable[Picture], audio: Wave |
 def _x264_options(plan: Plan) -> dict[str, str]:
     options = {"crf": "23", "g": str(plan.keyframe_ticks), "preset": "ultrafast", "bf": "0"}
     if plan.trait == "b_frames":
-        options |= {"preset": "veryfast", "bf": "2"}
+        # Without mbtree: its sums depend on where in memory a picture lies, and so would the bytes.
+        options |= {"preset": "veryfast", "bf": "2", "mbtree": "0"}
     return options
 
 

@@ -22,7 +22,7 @@ from dataengine.demo.sound import SPEECH_DELAY_MS, Wave, find_synthesiser, rende
 from dataengine.demo.truth import video_truth
 from dataengine.errors import ConfigError
 
-DEMO_VERSION = 1
+DEMO_VERSION = 2
 """Changes whenever the same seed gives other videos."""
 
 

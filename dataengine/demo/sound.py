@@ -26,8 +26,10 @@ def find_synthesiser() -> str | None:
     ffmpeg = shutil.which("ffmpeg")
     if ffmpeg is None:
         return None
-    command = [ffmpeg, "-hide_banner", "-filters"]
-    filters = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    command = [ffmpeg, "-hide_banner", "-nostdin", "-filters"]
+    filters = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    ).stdout
     return ffmpeg if " flite " in filters else None
 
 
@@ -38,9 +40,10 @@ def speak(ffmpeg: str, text: str, voice: str, sample_rate: int) -> Wave:
         subprocess.CalledProcessError: If ffmpeg fails.
     """
     source = f"flite=text='{text}':voice={voice}"
-    command = [ffmpeg, "-v", "error", "-f", "lavfi", "-i", source]
+    command = [ffmpeg, "-nostdin", "-v", "error", "-f", "lavfi", "-i", source]
     command += ["-ar", str(sample_rate), "-ac", "1", "-f", "f32le", "-"]
-    wave = np.frombuffer(subprocess.run(command, capture_output=True, check=True).stdout, "<f4")
+    spoken = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=True)
+    wave = np.frombuffer(spoken.stdout, "<f4")
     audible = np.flatnonzero(np.abs(wave) > 0.01)
     return wave[audible[0] : audible[-1] + 1] if len(audible) else wave
 

@@ -183,7 +183,7 @@ def _subset_ids(corpus: Corpus, name: str) -> pa.Array:
         known = ", ".join(corpus.names("subsets")) or "none yet"
         raise CorpusError(
             f"Unknown subset: {name} of {corpus.url}",
-            f"subsets: {known}; make one with: dataengine subset",
+            f"subsets: {known}; a subset is {corpus.url}/subsets/{name}.parquet with a column clip_id",
         )
     with arrow_filesystem(corpus).open_input_file(
         corpus.path("subsets", f"{name}.parquet")
