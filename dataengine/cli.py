@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line: arguments in, one message out. The work is done elsewhere."""
 
+import contextlib
 import os
 import shlex
 import sys
+from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -16,6 +18,9 @@ from rich.table import Table
 
 from dataengine import __version__
 from dataengine.errors import EngineError
+
+if TYPE_CHECKING:
+    from dataengine.ingest import RunResult
 
 app = typer.Typer(
     name="dataengine",
@@ -52,7 +57,8 @@ def ingest(
         typer.Option(
             "--sources",
             "-s",
-            help="Folder, file, glob, URL, youtube:ID or a .txt list of these; may be repeated.",
+            help="Folder, file, glob, URL, s3://prefix, youtube:ID, playlist or channel, "
+            "ytsearchN:words, or a .txt, .csv, .jsonl or .parquet list; may be repeated.",
         ),
     ],
     corpus: Annotated[str, typer.Option("--corpus", "-c", help="Where to; made if missing.")],
@@ -66,23 +72,79 @@ def ingest(
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N sources.")] = None,
 ) -> None:
     """Bring videos into a corpus. Run it again to go on, or to add what is new."""
-    from dataengine import funnel
     from dataengine.config import load_pipeline
     from dataengine.ingest import ingest as run_ingest
 
     loaded = load_pipeline(pipeline, overrides or [])
-    try:
+    with _interruptible():
         result = run_ingest(loaded, sources, corpus, _LIVE, address=address, limit=limit)
+    _say_result(result, corpus)
+
+
+@app.command()
+def retry(
+    corpus: CorpusArgument,
+    classes: Annotated[
+        str | None,
+        typer.Option(
+            "--class",
+            help="Reasons, with commas: timeout,http_429. Default: all that may pass.",
+        ),
+    ] = None,
+    pipeline: Annotated[
+        Path | None, typer.Option(help="Pipeline file. Default: that of the newest run.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Change a setting: stages.download.retries=9."),
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster; default RAY_ADDRESS, else this machine.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N sources.")] = None,
+) -> None:
+    """Work once more on the sources that failed, or that ended for the reasons of --class."""
+    from dataengine.config import load_pipeline
+    from dataengine.corpus import Corpus
+    from dataengine.ingest import retry as run_retry
+    from dataengine.ingest import stored_pipeline
+
+    reasons = [reason.strip() for reason in (classes or "").split(",") if reason.strip()]
+    if pipeline is None:
+        loaded = stored_pipeline(Corpus.open(corpus), overrides or [])
+    else:
+        loaded = load_pipeline(pipeline, overrides or [])
+    with _interruptible():
+        result = run_retry(loaded, corpus, _LIVE, reasons=reasons, address=address, limit=limit)
+    if result is None:
+        _LIVE.print("Nothing to retry: no source has failed.")
+    else:
+        _say_result(result, corpus)
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ends the process in words when a run is interrupted."""
+    try:
+        yield
     except KeyboardInterrupt:
         _LIVE.print("\ninterrupted: what was committed is safe; run the same command to go on")
         # Ray's threads can crash an interpreter that is taken down in the middle of a run.
         os._exit(130)
+
+
+def _say_result(result: "RunResult", corpus: str) -> None:
+    """Prints how a run ended and what to type next."""
+    from dataengine import funnel
+
     _LIVE.print()
     funnel.show(result.funnel, _LIVE)
     _LIVE.print()
     where = shlex.quote(corpus)
+    failed = result.funnel.failed_videos
     if result.run_id is None:
-        _LIVE.print("Nothing to do: every source has ended in this corpus before.")
+        ended = "Nothing to do: every source has ended in this corpus before."
+        _LIVE.print(ended, highlight=False, soft_wrap=True)
     else:
         _LIVE.print(
             f"{result.funnel.kept_clips:,} clips in {corpus} after {result.seconds:.0f} s.",
@@ -91,6 +153,14 @@ def ingest(
         )
         report = f"{corpus.rstrip('/')}/runs/{result.run_id}/report.html"
         _LIVE.print(f"Report:  {report}", highlight=False, soft_wrap=True)
+    if failed:
+        _LIVE.print(
+            f"Retry:   {failed:,} source{'s' * (failed != 1)} failed for reasons that may pass: "
+            f"{_python()} -m dataengine retry {where}",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
     _LIVE.print(
         f'Next:    {_python()} -m dataengine query {where} "motion_score > 0.01" --limit 5\n'
         f"         {_python()} -m training viclip_tiny --data {where}",
@@ -205,6 +275,22 @@ def report(
     from dataengine.report import write_report
 
     _LIVE.print(write_report(Corpus.open(corpus), run), highlight=False, soft_wrap=True)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    show_version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    """From a list of videos to a captioned, queryable, trainable video-text corpus."""
 
 
 @app.command()

@@ -70,10 +70,10 @@ def select_statement(
         if select or order_by:
             raise ConfigError("A whole SELECT takes no --select and no --order-by")
         sql = condition
-        return f"select * from ({sql}) limit {limit}" if limit is not None else sql
+        return f"select * from ({sql}\n) limit {limit}" if limit is not None else sql
     sql = f"select {select or ', '.join(DEFAULT_COLUMNS)} from clips"
     if condition:
-        sql += f" where {condition}"
+        sql += f" where {condition}\n"  # a comment at its end must end there
     # Without an order the answer would depend on how threads raced.
     sql += f" order by {order_by or 'video_id, start_ms'}"
     return sql + (f" limit {limit}" if limit is not None else "")
@@ -92,6 +92,12 @@ def run(db: duckdb.DuckDBPyConnection, sql: str) -> tuple[pa.Schema, Iterator[pa
         reader = db.sql(sql).to_arrow_reader(_BATCH_ROWS)
     except duckdb.Error as error:
         raise _explained(db, error) from None
+    names = reader.schema.names
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(
+            f"Two columns have one name: {', '.join(twice)}", "name one of them with: AS other"
+        )
     return reader.schema, _batches(db, reader)
 
 

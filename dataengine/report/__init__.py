@@ -32,6 +32,11 @@ def write_report(corpus: Corpus, run_id: str | None = None) -> str:
         CorpusError: If there is no such finished run.
     """
     run_id = run_id or _newest_run(corpus)
+    if not corpus.fs.exists(corpus.path("runs", run_id)):
+        raise CorpusError(
+            f"No run {run_id} in {corpus.url}",
+            "runs: " + ", ".join(sorted(_finished_runs(corpus))[-10:]),
+        )
     record = _load(corpus, run_id, "run.json")
     page = (
         _environment()
@@ -49,10 +54,15 @@ def write_report(corpus: Corpus, run_id: str | None = None) -> str:
 
 
 def _newest_run(corpus: Corpus) -> str:
-    paths = corpus.fs.glob(corpus.path("runs", "*", "funnel.json"))
-    if not paths:
+    runs = _finished_runs(corpus)
+    if not runs:
         raise CorpusError(f"No finished run in {corpus.url}")
-    return max(str(path) for path in paths).split("/")[-2]
+    return max(runs)
+
+
+def _finished_runs(corpus: Corpus) -> list[str]:
+    paths = corpus.fs.glob(corpus.path("runs", "*", "funnel.json"))
+    return [str(path).split("/")[-2] for path in paths]
 
 
 def _load(corpus: Corpus, run_id: str, name: str) -> Any:
