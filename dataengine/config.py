@@ -4,8 +4,8 @@
 import difflib
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,6 +13,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from dataengine.errors import ConfigError
+from dataengine.lists import LIST_SUFFIXES, SourceSettings, is_list
 from dataengine.prompts import prompt_sha256
 from dataengine.stage import Settings, Stage
 from dataengine.stages import STAGES
@@ -36,7 +37,8 @@ class RuntimeSettings(Settings):
     """How the run behaves; none of this changes what a clip holds."""
 
     max_attempts: int = Field(default=3, ge=1)
-    """Times an item may kill its worker before it is set aside as failed."""
+    """Times an item may kill its worker before it is set aside as failed; and attempts after which
+    a source that failed is left to ``dataengine retry``."""
     videos_per_wave: int = Field(default=20_000, ge=1)
     """Videos in one Ray Data graph; bounds what the driver has to remember."""
     no_progress_timeout_s: int = Field(default=7200, ge=-1)
@@ -53,6 +55,7 @@ class Pipeline:
     runtime: RuntimeSettings
     stages: tuple[tuple[type[Stage], Stage.Config], ...]
     source: str
+    sources: SourceSettings = field(default_factory=SourceSettings)
 
     @property
     def fingerprint(self) -> str:
@@ -79,6 +82,7 @@ class Pipeline:
         content = {
             "name": self.name,
             "description": self.description,
+            "sources": self.sources.model_dump(mode="json"),
             "shards": self.shards.model_dump(mode="json"),
             "runtime": self.runtime.model_dump(mode="json"),
             "stages": {cls.name: config.model_dump(mode="json") for cls, config in self.stages},
@@ -97,12 +101,31 @@ def load_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> Pipeline:
         ConfigError: With every problem found, each on a line of its own.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"Not UTF-8: {path} ({error.reason} at byte {error.start})", "save the file as UTF-8"
+        ) from None
     except OSError as error:
         raise ConfigError(
             f"Pipeline file cannot be read: {path} ({error.strerror})",
             "the pipelines that come with the project are in pipelines/",
         ) from None
+    return parse_pipeline(text, str(path), overrides)
+
+
+def parse_pipeline(text: str, path: str, overrides: Sequence[str] = ()) -> Pipeline:
+    """Checks a pipeline's text; see `load_pipeline`.
+
+    Args:
+        text: YAML.
+        path: Where it comes from. Exclusion lists are looked for in the working directory, then
+            beside it.
+        overrides: ``a.b.c=value`` settings.
+
+    Raises:
+        ConfigError: With every problem found, each on a line of its own.
+    """
     try:
         content = yaml.load(text, Loader=_UniqueKeyLoader)
     except yaml.YAMLError as error:
@@ -112,7 +135,7 @@ def load_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> Pipeline:
     problems: list[str] = []
     for override in overrides:
         _apply(content, override, problems)
-    pipeline = _build(content, str(path), problems)
+    pipeline = _build(content, path, problems)
     if problems or pipeline is None:
         raise ConfigError(
             f"{len(problems)} problem{'s' * (len(problems) > 1)} in {path}:\n"
@@ -123,13 +146,16 @@ def load_pipeline(path: str | Path, overrides: Sequence[str] = ()) -> Pipeline:
 
 def _build(content: dict[str, Any], source: str, problems: list[str]) -> Pipeline | None:
     """Checks every part and returns the pipeline, or None when there was a problem."""
-    known = {"name", "description", "shards", "runtime", "stages"}
+    known = ("name", "description", "sources", "shards", "runtime", "stages")
     problems += [
         f"{key}: unknown key{_did_you_mean(key, known)}" for key in content if key not in known
     ]
     name = content.get("name")
     if not isinstance(name, str) or not name:
         problems.append("name: expected a text")
+    sources = _settings(SourceSettings, content.get("sources"), "sources", problems)
+    if sources is not None:
+        sources = _found_lists(sources, Path(source).parent, problems)
     shards = _settings(ShardSettings, content.get("shards"), "shards", problems)
     runtime = _settings(RuntimeSettings, content.get("runtime"), "runtime", problems)
     entries = content.get("stages")
@@ -153,7 +179,7 @@ def _build(content: dict[str, Any], source: str, problems: list[str]) -> Pipelin
             problems.append(
                 f"stages.{stages[0][0].name}: the first stage has none to colocate with"
             )
-    if problems or shards is None or runtime is None:
+    if problems or sources is None or shards is None or runtime is None:
         return None
     return Pipeline(
         name=str(name),
@@ -162,7 +188,23 @@ def _build(content: dict[str, Any], source: str, problems: list[str]) -> Pipelin
         runtime=runtime,
         stages=tuple(stages),
         source=source,
+        sources=sources,
     )
+
+
+def _found_lists(settings: SourceSettings, folder: Path, problems: list[str]) -> SourceSettings:
+    """Returns the settings with absolute paths of exclusion lists, or adds a problem for each."""
+    found = []
+    for name in settings.exclude:
+        places = (Path(name).expanduser(), folder / name)
+        path = next((place for place in places if place.is_file()), None)
+        if not is_list(name):
+            suffixes = ", ".join(sorted(LIST_SUFFIXES))
+            problems.append(f"sources.exclude: {name} is no list ({suffixes})")
+        elif path is None and "://" not in name:
+            problems.append(f"sources.exclude: no such file: {name}")
+        found.append(str(path.absolute()) if path else name)
+    return settings.model_copy(update={"exclude": tuple(found)})
 
 
 def _column_problems(stages: Sequence[type[Stage]]) -> list[str]:
@@ -181,6 +223,9 @@ def _settings(
     cls: type[SettingsT], content: object, where: str, problems: list[str]
 ) -> SettingsT | None:
     """Returns validated settings, or None after adding each problem with its place."""
+    if content is not None and not isinstance(content, Mapping):
+        problems.append(f"{where}: expected a mapping (got {content!r})")
+        return None
     try:
         return cls.model_validate(content or {})
     except ValidationError as error:
@@ -237,6 +282,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                break  # the base class says so, with the place
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"key {key!r} is written twice", key_node.start_mark

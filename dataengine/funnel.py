@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dataengine.errors import CorpusError
+from dataengine.records import REMOVED
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Funnel:
         kept_videos: Sources that gave clips.
         kept_video_hours: Their length.
         video_losses: The others, by where and why.
+        failed_videos: Those of the others that a later attempt may save.
         num_clips: Clips found in the sources that were segmented.
         clip_hours: Their length.
         kept_clips: Clips in the corpus.
@@ -44,6 +46,7 @@ class Funnel:
     kept_videos: int
     kept_video_hours: float
     video_losses: tuple[Loss, ...]
+    failed_videos: int
     num_clips: int
     clip_hours: float
     kept_clips: int
@@ -80,9 +83,10 @@ def measure(ledger_parts: Sequence[str], listed: Path, num_listed: int) -> Funne
         hours = f"coalesce(sum(duration_ms), 0) / {_MS_PER_HOUR}"
         videos, video_hours = _row(db, f"select count(*), {hours} from videos")
         kept, kept_hours = _row(db, f"select count(*), {hours} from videos where status = 'kept'")
+        failed, _ = _row(db, f"select count(*), {hours} from videos where status = 'failed'")
         video_losses = db.execute(
-            f"select stage, reason, count(*), {hours} from videos where status <> 'kept' "
-            "group by stage, reason order by count(*) desc, stage, reason"
+            f"select coalesce(stage, status), reason, count(*), {hours} from videos where status <> 'kept' "
+            "group by all order by count(*) desc, 1, 2"
         ).fetchall()
         clips, clip_hours = _row(
             db,
@@ -107,6 +111,7 @@ def measure(ledger_parts: Sequence[str], listed: Path, num_listed: int) -> Funne
         kept_videos=kept,
         kept_video_hours=kept_hours,
         video_losses=tuple(Loss(str(s), str(r), n, h) for s, r, n, h in video_losses),
+        failed_videos=failed,
         num_clips=clips + sum(loss.num for loss in losses),
         clip_hours=clip_hours + sum(loss.hours for loss in losses),
         kept_clips=clips,
@@ -151,7 +156,12 @@ def rows_of(funnel: Funnel) -> dict[str, list[tuple[str, int, float]]]:
 
 
 def _loss_rows(losses: Sequence[Loss]) -> list[tuple[str, int, float]]:
-    return [(f"dropped at {loss.stage}: {loss.reason}", loss.num, loss.hours) for loss in losses]
+    return [(_loss_label(loss), loss.num, loss.hours) for loss in losses]
+
+
+def _loss_label(loss: Loss) -> str:
+    at_stage = loss.stage != REMOVED
+    return f"dropped at {loss.stage}: {loss.reason}" if at_stage else "removed"
 
 
 def clock(hours: float) -> str:

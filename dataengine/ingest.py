@@ -1,30 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """One run: plan, take the corpus over, execute, account for everything, write it all down."""
 
-import contextlib
-import fcntl
 import importlib.metadata
 import json
 import os
 import platform
 import secrets
+import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import cast
 
-import pyarrow.parquet as pq
 from rich.console import Console
 
 from dataengine import __version__, funnel
-from dataengine.config import Pipeline
+from dataengine.config import Pipeline, parse_pipeline
 from dataengine.corpus import Corpus
 from dataengine.errors import ConfigError, CorpusError
+from dataengine.plan import Plan, make_plan, make_retry_plan, write_listed
 from dataengine.progress import ProgressDisplay, Snapshot
 from dataengine.report import write_report
-from dataengine.sources import Plan, make_plan
 from dataengine.stages.download import DownloadStage
 
 
@@ -66,35 +66,123 @@ def ingest(
         EngineError: If something is wrong that the user can mend.
     """
     start = time.time()
-    corpus = Corpus.create(corpus_url)
-    pipeline = _with_cache(pipeline, corpus)
-    with _locked(corpus), tempfile.TemporaryDirectory(prefix="dataengine-") as folder:
-        parts = local_ledger(corpus, Path(folder))
-        plan = make_plan(words, parts, pipeline.fingerprint, Path(folder), limit)
-        if not plan.num_listed:
-            raise ConfigError(f"No videos in: {' '.join(words)}")
-        _say_plan(plan, console)
-        if not plan.num_todo:
+    with tempfile.TemporaryDirectory(prefix="dataengine-") as temporary:
+        folder = Path(temporary)
+        # Before there is a corpus: a mistyped word must not leave an empty one behind.
+        if not write_listed(words, pipeline.sources, folder, limit):
+            raise ConfigError(f"No videos in: {' '.join(map(printable, words))}")
+        corpus = Corpus.create(corpus_url)
+        with corpus.locked():
+            parts = local_ledger(corpus, folder)
+            attempts = pipeline.runtime.max_attempts
+            plan = make_plan(folder, parts, pipeline.fingerprint, attempts)
+            _say_plan(plan, console)
+            if plan.num_todo:
+                return _run(pipeline, plan, corpus, folder, console, words, address, start)
             result = funnel.measure(parts, plan.listed, plan.num_listed)
             return RunResult(None, result, time.time() - start)
-        run_id = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{secrets.token_hex(2)}"
-        corpus.take_over(run_id)
-        corpus.sweep()
-        record = _record(pipeline, words, run_id)
-        _write_record(corpus, run_id, pipeline, plan, record)
-        with ProgressDisplay(
-            console, [cls.name for cls, _ in pipeline.stages], plan.num_todo
-        ) as display:
-            # Ray takes seconds to import; a run with nothing to do never does.
-            from dataengine.runner import execute
 
-            snapshot = execute(pipeline, corpus, run_id, plan, address=address, display=display)
-        parts = local_ledger(corpus, Path(folder))
-        result = funnel.measure(parts, plan.listed, plan.num_listed)
-        seconds = time.time() - start
-        _finish_record(corpus, run_id, record, result, snapshot, seconds)
-        write_report(corpus, run_id)
+
+def retry(
+    pipeline: Pipeline,
+    corpus_url: str,
+    console: Console,
+    *,
+    reasons: Sequence[str] = (),
+    address: str | None = None,
+    limit: int | None = None,
+) -> RunResult | None:
+    """Works once more on sources of a corpus that failed, however often they did.
+
+    Args:
+        pipeline: What to do to them; see `stored_pipeline`.
+        corpus_url: An existing corpus.
+        console: Where progress goes.
+        reasons: Takes the sources that ended for one of these, even if a later attempt is not
+            expected to succeed; none takes those that failed.
+        address: Of a Ray cluster; None uses ``RAY_ADDRESS``, or this machine.
+        limit: Works on the first so many sources only.
+
+    Returns:
+        How it ended; None when there is nothing to retry.
+
+    Raises:
+        EngineError: If something is wrong that the user can mend.
+    """
+    start = time.time()
+    corpus = Corpus.open(corpus_url)
+    with tempfile.TemporaryDirectory(prefix="dataengine-") as temporary, corpus.locked():
+        folder = Path(temporary)
+        parts = local_ledger(corpus, folder)
+        recorded = partial(_recorded_sources, corpus, folder)
+        plan = make_retry_plan(folder, pipeline.sources, parts, recorded, reasons, limit)
+        if not plan.num_todo:
+            return None
+        _say_plan(plan, console)
+        words = [f"retry {' '.join(reasons)}".strip()]
+        return _run(pipeline, plan, corpus, folder, console, words, address, start)
+
+
+def stored_pipeline(corpus: Corpus, overrides: Sequence[str] = ()) -> Pipeline:
+    """Returns the pipeline of the newest run of a corpus.
+
+    Args:
+        corpus: Has had a run.
+        overrides: ``a.b.c=value`` settings.
+
+    Raises:
+        CorpusError: If no run is recorded.
+        ConfigError: If the pipeline cannot be run any more.
+    """
+    paths = corpus.fs.glob(corpus.path("runs", "*", "pipeline.yaml"))
+    if not paths:
+        raise CorpusError(f"No run is recorded in {corpus.url}", "name a file with --pipeline")
+    path = max(map(str, paths))
+    text = cast(bytes, corpus.fs.cat_file(path)).decode()
+    return parse_pipeline(text, path, overrides)
+
+
+def _run(
+    pipeline: Pipeline,
+    plan: Plan,
+    corpus: Corpus,
+    folder: Path,
+    console: Console,
+    words: Sequence[str],
+    address: str | None,
+    start: float,
+) -> RunResult:
+    """Works through a plan and writes down how it went; the corpus is locked."""
+    run_id = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{secrets.token_hex(2)}"
+    corpus.take_over(run_id)
+    corpus.sweep()
+    record = _record(pipeline, words, run_id)
+    _write_record(corpus, run_id, pipeline, plan, record)
+    stages = [cls.name for cls, _ in pipeline.stages]
+    with ProgressDisplay(console, stages, plan.num_todo) as display:
+        # Ray takes seconds to import; a run with nothing to do never does.
+        from dataengine.runner import execute
+
+        working = _with_cache(pipeline, corpus)
+        snapshot = execute(working, corpus, run_id, plan, address=address, display=display)
+    parts = local_ledger(corpus, folder)
+    result = funnel.measure(parts, plan.listed, plan.num_listed)
+    seconds = time.time() - start
+    _finish_record(corpus, run_id, record, result, snapshot, seconds)
+    write_report(corpus, run_id)
     return RunResult(run_id, result, seconds)
+
+
+def _recorded_sources(corpus: Corpus, folder: Path, run_id: str) -> str | None:
+    """Returns a local path of a run's todo list; None if it has none."""
+    path = corpus.path("runs", run_id, "sources.parquet")
+    if not corpus.fs.exists(path):
+        return None
+    if corpus.is_local:
+        return path
+    target = str(folder / f"{run_id}.parquet")
+    corpus.fs.get(path, target)
+    return target
 
 
 def _with_cache(pipeline: Pipeline, corpus: Corpus) -> Pipeline:
@@ -124,29 +212,11 @@ def local_ledger(corpus: Corpus, folder: Path) -> list[str]:
     return [str(target / Path(part).name) for part in parts]
 
 
-@contextlib.contextmanager
-def _locked(corpus: Corpus) -> Iterator[None]:
-    """Holds a local corpus for one writer; the lock goes with the process, however it ends.
-
-    Object stores have no locks: there the newest run wins (`Corpus.take_over`).
-    """
-    if not corpus.is_local:
-        yield
-        return
-    with open(corpus.path(".lock"), "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CorpusError(
-                f"Another run is writing to {corpus.url}", "wait for it, or use another corpus"
-            ) from None
-        yield
-
-
 def _say_plan(plan: Plan, console: Console) -> None:
     done = plan.num_listed - plan.num_todo
     console.print(
         f"{plan.num_listed} source{'s' * (plan.num_listed != 1)}: {plan.num_todo} to do"
+        + (f" ({plan.num_again} of them failed before)" if plan.num_again else "")
         + (f", {done} done before" if done else ""),
         highlight=False,
     )
@@ -162,6 +232,18 @@ def _say_plan(plan: Plan, console: Console) -> None:
             "their clips stay as they are (use a new corpus to make them again)",
             highlight=False,
         )
+    if plan.num_kept_excluded:
+        console.print(
+            f"warning: {plan.num_kept_excluded} sources with clips in the corpus are on an exclusion "
+            "list now; their clips stay until they are taken out with: dataengine remove",
+            highlight=False,
+        )
+    if plan.num_bad_spans:
+        console.print(
+            f"warning: {plan.num_bad_spans} given spans have no time, or end before they start; "
+            "they are left out",
+            highlight=False,
+        )
 
 
 # ---------------------------------------------------------------------------------- run record
@@ -174,7 +256,7 @@ def _record(pipeline: Pipeline, words: Sequence[str], run_id: str) -> dict[str, 
         "pipeline": pipeline.name,
         "pipeline_file": pipeline.source,
         "fingerprint": pipeline.fingerprint,
-        "sources": list(words)[:100],
+        "sources": [printable(word) for word in words[:100]],
         "prompt_hashes": pipeline.prompt_hashes(),
         "dataengine": __version__,
         "git_commit": _git_commit(),
@@ -195,8 +277,8 @@ def _write_record(
     corpus.fs.makedirs(corpus.path(folder), exist_ok=True)
     corpus.publish(f"{folder}/pipeline.yaml", lambda file: file.write(config))
     corpus.publish(f"{folder}/run.json", lambda file: file.write(_json(record)))
-    todo = pq.read_table(plan.todo)
-    corpus.publish(f"{folder}/sources.parquet", lambda file: pq.write_table(todo, file))
+    with open(plan.todo, "rb") as todo:
+        corpus.publish(f"{folder}/sources.parquet", lambda file: shutil.copyfileobj(todo, file))
 
 
 def _finish_record(
@@ -219,6 +301,11 @@ def _json(content: object) -> bytes:
     return json.dumps(content, indent=1, ensure_ascii=False).encode()
 
 
+def printable(word: str) -> str:
+    """Returns a word of the command line that can be written as UTF-8."""
+    return word.encode(errors="backslashreplace").decode()
+
+
 def _git_commit() -> str | None:
     """Returns the commit of the checkout this code runs from, ``-dirty`` if it was changed."""
     folder = os.path.dirname(os.path.abspath(__file__))
@@ -227,6 +314,7 @@ def _git_commit() -> str | None:
             ["git", "-C", folder, "describe", "--always", "--abbrev=40", "--dirty", "--match="],
             capture_output=True,
             text=True,
+            stdin=subprocess.DEVNULL,
             timeout=10,
             check=True,
         )

@@ -37,9 +37,9 @@ from dataengine.config import Pipeline
 from dataengine.corpus import Corpus
 from dataengine.errors import DependencyError, EngineError
 from dataengine.flow import WORKER_CRASHED, StageError, apply_stage, item_id, settle, source_table
+from dataengine.plan import Plan
 from dataengine.pools import WRITE_CPUS, Pool, StageSpec, plan_pools
 from dataengine.progress import ProgressDisplay, Snapshot, StageCounts
-from dataengine.sources import Plan
 from dataengine.stage import Drop, Outcome, Row, Stage
 from dataengine.stages.download import DownloadStage, forget
 
