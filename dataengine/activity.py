@@ -94,7 +94,7 @@ class ActivityMeter:
 def is_still(one_bgr: np.ndarray, other_bgr: np.ndarray) -> bool:
     """Returns whether next to nothing differs between two small pictures, in any colour."""
     moved = np.count_nonzero(cv2.absdiff(one_bgr, other_bgr).max(axis=2) > STILL_LEVEL)
-    return moved < STILL_SHARE * one_bgr.shape[0] * one_bgr.shape[1]
+    return bool(moved < STILL_SHARE * one_bgr.shape[0] * one_bgr.shape[1])
 
 
 def levels_changed(one_luma: np.ndarray, other_luma: np.ndarray) -> float:
