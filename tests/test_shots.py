@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+import numpy as np
+import pytest
+import torch
+from pydantic import TypeAdapter, ValidationError
+
+from dataengine.errors import ConfigError
+from dataengine.models import transnet
+from dataengine.models.shots import (
+    AutoShotSettings,
+    ContentSettings,
+    DetectorPanel,
+    ShotSettings,
+    TransNetSettings,
+    WholeDetector,
+    agreement,
+    build_shot_detector,
+    match_boundaries,
+)
+from tests.shot_recipe import recipe_weights
+
+FRAME_US = 40_000
+
+
+def scene(seed):
+    """A picture of soft blobs that moves a little: frames [height, width, 3] by number."""
+    rng = np.random.default_rng(seed)
+    blobs = np.kron(rng.integers(0, 256, (6, 8, 3)), np.ones((20, 20, 1)))
+    return lambda n: np.roll(blobs, n // 2, axis=1).astype(np.uint8)[:90, :120]
+
+
+def detect(detector, frames, zero_us=7_000):
+    """Numbers of the frames at which shots begin; each may be late, but no later than said."""
+    found = []
+    for number, frame in enumerate(frames):
+        for boundary_us in detector.push(zero_us + number * FRAME_US, frame):
+            assert zero_us + number * FRAME_US - boundary_us <= detector.lag_us(FRAME_US)
+            found.append((boundary_us - zero_us) / FRAME_US)
+    found += [(boundary_us - zero_us) / FRAME_US for boundary_us in detector.flush()]
+    return found
+
+
+# ----------------------------------------------------------------------------------------- networks
+
+
+def test_transnetv2_begins_shots_with_their_first_frames():
+    cuts, num = [23, 74, 75 + 40, 160], 180
+    scenes = [scene(seed) for seed in range(5)]
+    frames = [scenes[np.searchsorted(cuts, n, side="right")](n) for n in range(num)]
+    detector = build_shot_detector(TransNetSettings(), 25.0)
+    assert detect(detector, frames) == cuts
+    assert detector.name == "transnetv2"
+    assert "threshold 0.5" in detector.revision
+
+
+def test_transnetv2_sees_a_dissolve_once():
+    before, after = scene(1), scene(2)
+    weights = np.clip((np.arange(90) - 40) / 12, 0, 1)
+    frames = [
+        (before(n) * (1 - weight) + after(n) * weight).astype(np.uint8)
+        for n, weight in enumerate(weights)
+    ]
+    (boundary,) = detect(build_shot_detector(TransNetSettings(), 25.0), frames)
+    assert 40 <= boundary <= 52
+
+
+@pytest.mark.parametrize("shape", [(9, 16, 3), (1, 1, 3), (200, 90, 3)])
+def test_pictures_of_any_shape_are_taken(shape):
+    detector = build_shot_detector(TransNetSettings(), 0.0)
+    assert detect(detector, [np.zeros(shape, np.uint8)] * 3) == []
+
+
+def test_a_video_without_frames_has_no_boundary():
+    assert build_shot_detector(TransNetSettings(), 25.0).flush() == []
+
+
+class ScriptedNetwork:
+    """Says what it is told: the probability is the red value of a frame, in percent."""
+
+    revision = "scripted"
+
+    def probabilities(self, frames_BTHWC):
+        red = frames_BTHWC[:, 25:75, 0, 0, 0] / 100
+        return np.stack((red, np.zeros_like(red)), 2)
+
+
+@pytest.mark.parametrize(
+    ("run", "boundaries"),
+    [
+        ([10], [11]),  # a hard cut: the last frame of the old shot alone
+        ([49], [50]),  # the last of a window's middle
+        (range(45, 56), [56]),  # a long run, over the end of a window
+        ([0], [1]),
+        ([*range(20, 23), 24], [23, 25]),
+        (range(115, 120), []),  # up to the end of the video
+        (range(120), []),
+    ],
+)
+@pytest.mark.parametrize("batch_windows", [1, 2])
+def test_a_shot_begins_after_the_run_above_the_threshold(
+    run, boundaries, batch_windows, monkeypatch
+):
+    monkeypatch.setattr(transnet, "load_network", lambda *_: ScriptedNetwork())
+    frames = np.zeros((120, 27, 48, 3), np.uint8)
+    frames[..., 2] = 50  # not above 0.5, and red comes last in BGR
+    frames[list(run), ..., 2] = 51
+    detector = build_shot_detector(TransNetSettings(batch_windows=batch_windows), 25.0)
+    assert detect(detector, frames) == boundaries
+
+
+def test_autoshot_runs_from_a_checkpoint(tmp_path):
+    weights = recipe_weights(transnet.ARCHITECTURES["autoshot"].shapes())
+    path = tmp_path / "ckpt_0_200_0.pth"
+    torch.save({"net": {key: torch.from_numpy(values) for key, values in weights.items()}}, path)
+    settings = AutoShotSettings(weights_path=str(path), threshold=0.999)
+    detector = build_shot_detector(settings, 25.0)
+    assert detect(detector, [scene(0)(n) for n in range(20)]) == []
+    assert detector.name == "autoshot"
+    assert "threshold 0.999" in detector.revision
+
+
+def test_autoshot_without_weights_says_where_they_are():
+    with pytest.raises(ValidationError, match=r"weights_path to ckpt_0_200_0\.pth"):
+        TypeAdapter(ShotSettings).validate_python({"kind": "autoshot"})
+
+
+# ---------------------------------------------------------------------------------- several together
+
+
+def test_the_first_of_a_panel_decides_and_all_are_on_record():
+    scenes = [scene(3), scene(4)]
+    frames = [scenes[n >= 30](n) for n in range(60)]
+    alone = detect(build_shot_detector(ContentSettings(), 25.0), frames)
+    panel = DetectorPanel(
+        [
+            build_shot_detector(ContentSettings(), 25.0),
+            build_shot_detector(TransNetSettings(), 25.0),
+        ]
+    )
+    assert detect(panel, frames) == alone == [30]
+    assert panel.name == "scenedetect/content"
+    cut_us = 7_000 + 30 * FRAME_US
+    assert panel.boundaries_us == {"scenedetect/content": [cut_us], "transnetv2": [cut_us]}
+    assert agreement(panel.boundaries_us, 0) == [("transnetv2",)]
+
+
+def test_a_panel_shows_the_largest_picture_wanted():
+    small, large = WholeDetector(), WholeDetector()
+    small.name, large.frame_px = "small", 240
+    assert DetectorPanel([small, large]).frame_px == 240
+
+
+def test_a_panel_of_one_kind_twice_is_an_error():
+    with pytest.raises(ConfigError, match="Two shot detectors"):
+        DetectorPanel([WholeDetector(), WholeDetector()])
+
+
+@pytest.mark.parametrize(
+    ("boundaries", "expected"),
+    [
+        ({"a": [100, 200]}, [(), ()]),
+        ({"a": [], "b": [5]}, []),
+        ({"a": [100, 200], "b": [110], "c": [89, 195]}, [("b",), ("c",)]),
+        ({"a": [100, 105], "b": [104]}, [(), ("b",)]),  # one boundary cannot confirm two
+        ({"a": [100, 105], "b": [96, 104]}, [("b",), ("b",)]),
+        ({"a": [100], "b": [90], "c": [110]}, [("b", "c")]),
+    ],
+)
+def test_agreement_names_who_found_the_same_boundary(boundaries, expected):
+    assert agreement(boundaries, 10) == expected
+
+
+def test_boundaries_match_one_to_one():
+    assert match_boundaries([0, 100], [0, 1, 99, 100], 1) == [(0, 0), (1, 3)]
