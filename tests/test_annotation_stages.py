@@ -84,7 +84,7 @@ def columns_of(outcome):
 def test_outputs_are_columns_of_a_clip(stage_class):
     known = {field.name: field.type for field in CLIP_SCHEMA}
     assert {field.name: field.type for field in stage_class.outputs}.items() <= known.items()
-    assert set(stage_class.inputs) <= {*known, "_subtitles"}
+    assert set(stage_class.inputs) <= {*known, "_subtitles", "_video"}
 
 
 # ---------------------------------------------------------------------------------------- video
@@ -186,7 +186,9 @@ def test_subtitles_are_taken_at_their_word():
     spoken, silent, none, absent = map(columns_of, run(TranscribeStage, rows, model=None))
     assert spoken["transcript"] == "Hallo"
     assert spoken["transcript_segments"] == [{"start_ms": 1200, "end_ms": 2000, "text": "Hallo"}]
-    assert {entry["model"] for entry in spoken["provenance"]} == {"subtitles:de"}
+    assert {(e["model"], e["revision"]) for e in spoken["provenance"]} == {
+        ("subtitles/sidecar", "de")
+    }
     for row in (silent, none, absent):
         assert (row["transcript"], row["transcript_segments"]) == (None, None)
     pa.Table.from_pylist([dict(spoken), dict(none)], TranscribeStage.outputs)

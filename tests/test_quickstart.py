@@ -64,6 +64,7 @@ def corridor(tmp_path_factory):
     listing.write_text(f"{url}/remote.mp4\n{url}/gone.mp4\nhttp://127.0.0.1:9/x.mp4\nmissing.mp4\n")
     command = ["ingest", "pipelines/quickstart.yaml", "--sources", videos, "--sources", listing]
     command += ["--corpus", folder / "corpus", "--set", "stages.download.retries=0"]
+    command += ["--set", "stages.download.allow_private=true"]
     first = dataengine(*command)
     again = dataengine(*command)
     server.shutdown()

@@ -3,9 +3,11 @@
 
 A subtitle cue belongs to the clip that holds the cue's middle, so to the one that holds most of
 it, and never to two; its times are trimmed to the clip. Where a source has subtitles in several
-languages, the original is the first one that is not English (subtitles in other people's
-languages are mostly translations from or into English, and a video with one foreign and one
-English track was, by this rule, spoken in the foreign one); with English alone, English is.
+languages, the original is the one that the source says is spoken, else the one that the site's
+recogniser heard, else the first one that is not English (subtitles in other people's languages
+are mostly translations from or into English, and a video with one foreign and one English track
+was, by this rule, spoken in the foreign one); with English alone, English is. What people wrote
+goes before what was recognised.
 
 Recognition runs only where enough of the clip sounds like speech: a recogniser that is given
 music or noise writes words all the same.
@@ -36,6 +38,8 @@ _LONG_CODES = {
 }  # fmt: skip
 _NOT_SPOKEN = re.compile(r"<[^<>]*>|\{[^{}]*\}|\[[^\]]*\]|\([^)]*\)|[♩-♯]")
 _UNKNOWN = "und"
+ORIGINS = ("sidecar", "manual", "automatic")
+"""Where subtitles come from, the most trusted first; see `records.SUBTITLE_STRUCT`."""
 
 
 def base_language(tag: str | None) -> str:
@@ -47,8 +51,19 @@ def base_language(tag: str | None) -> str:
     return _LONG_CODES.get(code, code) or _UNKNOWN
 
 
-def original_language(languages: Sequence[str]) -> str | None:
-    """Returns which of the subtitle languages (in listed order) is the one that is spoken."""
+def original_language(
+    languages: Sequence[str], spoken: str | None = None, heard: Sequence[str] = ()
+) -> str | None:
+    """Returns which of the subtitle languages (in listed order) is the one that is spoken.
+
+    Args:
+        languages: ISO 639-1 codes.
+        spoken: What the source itself says; None if it does not.
+        heard: Languages of automatic subtitles.
+    """
+    for language in (spoken, *heard):
+        if language in languages:
+            return language
     foreign = [language for language in languages if language != "en"]
     return next(iter(foreign or languages), None)
 
@@ -59,15 +74,23 @@ def spoken_text(text: str) -> str:
 
 
 def cut_cues(
-    cues: Sequence[Row] | None, language: str, start_ms: int, end_ms: int
+    cues: Sequence[Row] | None,
+    language: str,
+    start_ms: int,
+    end_ms: int,
+    origin: str | None = None,
 ) -> list[Segment]:
     """Returns a language's cues whose middle lies in [start_ms, end_ms), trimmed to it, in order.
+
+    Only those of one origin are taken, if one is named.
 
     Times stay on the source's clock. Cues without spoken text, or without length, are left out.
     """
     segments = []
     for cue in cues or ():
         if base_language(cue["language"]) != language or cue["end_ms"] <= cue["start_ms"]:
+            continue
+        if origin is not None and cue_origin(cue) != origin:
             continue
         text = spoken_text(cue["text"] or "")
         if text and start_ms <= (cue["start_ms"] + cue["end_ms"]) // 2 < end_ms:
@@ -79,6 +102,17 @@ def cut_cues(
 def subtitle_languages(cues: Sequence[Row] | None) -> list[str]:
     """Returns the languages of a source's cues in the order in which they first appear."""
     return list(dict.fromkeys(base_language(cue["language"]) for cue in cues or ()))
+
+
+def cue_origin(cue: Row) -> str:
+    """Returns where a cue comes from: ``sidecar``, ``manual`` or ``automatic``."""
+    return cue.get("origin") or ORIGINS[0]
+
+
+def best_origin(cues: Sequence[Row] | None, language: str) -> str:
+    """Returns which of a language's tracks to believe: people before recognisers."""
+    found = {cue_origin(cue) for cue in cues or () if base_language(cue["language"]) == language}
+    return next((origin for origin in ORIGINS if origin in found), ORIGINS[0])
 
 
 def join_segments(segments: Sequence[Segment]) -> str | None:
@@ -102,7 +136,7 @@ class TranscribeStage(Stage):
     """Writes ``transcript`` and ``transcript_segments``; null where nothing is said."""
 
     name = "transcribe"
-    inputs = ("video", "has_audio", "start_ms", "end_ms", "_subtitles")
+    inputs = ("video", "has_audio", "start_ms", "end_ms", "_subtitles", "_video")
     outputs = pa.schema(
         [("transcript", pa.string()), ("transcript_segments", pa.list_(SEGMENT_STRUCT))]
     )
@@ -134,7 +168,13 @@ class TranscribeStage(Stage):
         return [Kept((self._annotate(row),)) for row in batch]
 
     def _annotate(self, row: Row) -> Row:
-        language = original_language(subtitle_languages(row.get("_subtitles")))
+        cues = row.get("_subtitles")
+        said = (row.get("_video") or {}).get("language")
+        language = original_language(
+            subtitle_languages(cues),
+            base_language(said) if said else None,
+            subtitle_languages([cue for cue in cues or () if cue_origin(cue) == "automatic"]),
+        )
         sources = [self._from_subtitles, self._from_sound]
         if language is None:
             sources = [self._from_sound]
@@ -158,8 +198,9 @@ class TranscribeStage(Stage):
     def _from_subtitles(
         self, row: Row, language: str
     ) -> tuple[list[Segment], tuple[str, str] | None]:
-        cues = cut_cues(row["_subtitles"], language, row["start_ms"], row["end_ms"])
-        return cues, (f"subtitles:{language}", "")
+        origin = best_origin(row["_subtitles"], language)
+        cues = cut_cues(row["_subtitles"], language, row["start_ms"], row["end_ms"], origin)
+        return cues, (f"subtitles/{origin}", language)
 
     def _from_sound(self, row: Row, language: str) -> tuple[list[Segment], tuple[str, str] | None]:
         waveform = clip_waveform(row) if self._transcriber else None
