@@ -167,6 +167,11 @@ class _Handler(BaseHTTPRequestHandler):
                 return None
         return None
 
+    def nap(self):
+        """A file after a while."""
+        time.sleep(0.1)
+        self.ok()
+
     def stall(self):
         """No answer."""
         if self.faults.mended:
