@@ -5,31 +5,43 @@ A stream copy has to begin at a key frame. Everything before the wanted frame is
 hidden by an MP4 edit list; the same list hides the frames after the end that B-frames depend on or
 that ffmpeg copied too many of. PyAV, OpenCV, ffmpeg and torchcodec's exact mode honour it.
 
-ffmpeg copies the packets; its edit lists are then replaced, because they begin a few milliseconds
-early, say nothing about the end, and are rounded to milliseconds. What is visible afterwards is
-compared with the times of the frames that were asked for. A clip that cannot be copied, or does not
-come out exactly, is encoded.
+The packets are copied in this process; ffmpeg copies what libav does not accept that way, and does
+whatever needs a decoder. The edit lists are then replaced, because the muxer's begin at a key frame,
+say nothing about the end, and are rounded to milliseconds. What is visible afterwards is compared with
+the times of the frames that were asked for. A clip that cannot be copied, or does not come out exactly,
+is encoded. Sound that MP4 does not carry becomes AAC, and sound that breaks the cut is left out: it
+never costs the clip.
 """
 
+import contextlib
+import math
 import os
+import resource
 import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from itertools import pairwise
-from typing import Literal
+from itertools import chain, pairwise
+from typing import Any, Literal
 
+import av
 import ffmpeg
 import imageio_ffmpeg
+import numpy as np
+from av.error import FFmpegError
 
-from dataengine import media
+from dataengine import hdr, media
 from dataengine.errors import MediaError
 from dataengine.mp4 import set_edits
 
 COPIED_VIDEO = frozenset({"h264", "hevc", "av1", "vp9", "mpeg4"})
 """Codecs that MP4 carries, and that players find there."""
 COPIED_AUDIO = frozenset({"aac", "mp3", "ac3", "eac3", "opus"})
+_NO_DECODING = {"skip_frame": "all"}
+"""Saves two thirds of what opening a file costs, where its packets are all that is wanted."""
 MOVIE_TIMESCALE = 90_000
 """Ticks per second of edit lists: fine enough to fall between any two frames."""
 EARLY_US = 4_000
@@ -38,13 +50,22 @@ REFRESH_US = 10_000_000
 """Time after which a picture that is refreshed bit by bit is whole again, whatever came before."""
 TOLERANCE_US = 1_000
 """A container that counts in milliseconds moves frames by up to half of one."""
+SOUND_BEFORE_US = 100_000
+"""Sound copied from before the clip, hidden: what decoders of Opus, MP3 and AAC need to come in clean."""
+BEHIND_US = 2_000_000
+"""How far behind the picture sound may lie in the file; what comes later is not looked for."""
+CHILD_BYTES = 4 * 2**30
+"""Address space of an ffmpeg process: several times what encoding 8K takes."""
+
+Sound = Literal["none", "copy", "aac"]
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
     """A clip as a file.
 
-    ``mode`` is ``copy`` or ``encode``; ``why`` says why it was encoded. The sizes are as displayed.
+    ``mode`` is ``copy`` or ``encode``; ``why`` says why it was encoded. ``sound`` is how the sound came
+    into it, ``sound_why`` why it was not copied. The sizes are as displayed.
     """
 
     data: bytes
@@ -53,10 +74,16 @@ class Cut:
     width: int
     height: int
     has_audio: bool
+    sound: Sound = "none"
+    sound_why: str = ""
 
 
 class InexactCutError(Exception):
     """The clip does not show the frames it should."""
+
+
+class _ToolError(InexactCutError):
+    """There is no clip, because libav or ffmpeg refused: the sound may be at fault."""
 
 
 def cut(
@@ -81,7 +108,7 @@ def cut(
     why = _needs_encoding(info, max_short_side)
     if not why:
         try:
-            return _attempt(path, info, frame_us, None, timeout_s)
+            return _with_sound(path, info, frame_us, None, timeout_s, 0)
         except InexactCutError as error:
             why = str(error)
     width, height = media.scaled_size(info.width, info.height, max_short_side)
@@ -90,11 +117,39 @@ def cut(
     # Some containers cannot be sought exactly, some not at all.
     for lead_us in (_safe_lead_us(path, frame_us[0]), None):
         try:
-            clip = _attempt(path, info, frame_us, size, timeout_s, lead_us)
+            clip = _with_sound(path, info, frame_us, size, timeout_s, lead_us)
             return replace(clip, mode="encode", why=why)
         except InexactCutError as error:
             problems.append(str(error))
     raise MediaError("cut_failed", "; ".join(problems))
+
+
+def _with_sound(
+    path: str,
+    info: media.MediaInfo,
+    frame_us: Sequence[int],
+    size: tuple[int, int] | None,
+    timeout_s: float,
+    lead_us: int | None,
+) -> Cut:
+    """Returns the clip with the best sound that does not get into its way; see `_attempt`."""
+    ways: list[Sound] = ["none"]
+    sound_why = ""
+    if info.audio_codec in COPIED_AUDIO:
+        ways = ["copy", "aac", "none"]
+    elif info.audio_codec:
+        ways = ["aac", "none"]
+        sound_why = f"{info.audio_codec} does not fit into MP4"
+    for sound in ways:
+        try:
+            clip = _attempt(path, info, frame_us, size, timeout_s, lead_us, sound)
+        except _ToolError as error:
+            if sound == ways[-1]:
+                raise
+            sound_why = str(error)
+            continue
+        return replace(clip, sound=sound if clip.has_audio else "none", sound_why=sound_why)
+    raise AssertionError("the last way returns or raises")
 
 
 def _needs_encoding(info: media.MediaInfo, max_short_side: int) -> str:
@@ -114,7 +169,8 @@ def _attempt(
     frame_us: Sequence[int],
     size: tuple[int, int] | None,
     timeout_s: float,
-    lead_us: int | None = 0,
+    lead_us: int | None,
+    sound: Sound,
 ) -> Cut:
     """Returns the clip, copied or encoded at ``size``, if it comes out exactly.
 
@@ -125,32 +181,158 @@ def _attempt(
         size: Width and height to encode at; None copies.
         timeout_s: As in `cut`.
         lead_us: How long before the clip decoding begins at the latest; None at the file's start.
+        sound: What becomes of the sound track.
 
     Raises:
         InexactCutError: If ffmpeg fails, or other frames are visible than asked for.
     """
-    data = bytearray(_run_ffmpeg(path, info, frame_us, size, timeout_s, lead_us))
+    if size is None and sound != "aac":
+        try:
+            return _checked(
+                path, info, frame_us, None, _remux(path, info, frame_us, timeout_s, sound)
+            )
+        except InexactCutError:
+            pass  # ffmpeg mends time stamps and bitstreams that libav's muxer refuses
+    data = _run_ffmpeg(path, info, frame_us, size, timeout_s, lead_us, sound)
+    return _checked(path, info, frame_us, size, data)
+
+
+def _checked(
+    path: str,
+    info: media.MediaInfo,
+    frame_us: Sequence[int],
+    size: tuple[int, int] | None,
+    muxed: bytes,
+) -> Cut:
+    """Returns a clip with exact edit lists, after comparing what it shows with what it should.
+
+    Raises:
+        InexactCutError: If other frames are visible than asked for.
+    """
+    data = bytearray(muxed)
     length = Fraction(frame_us[-1] - frame_us[0], 1_000_000)
     try:
-        packets = read_timeline(bytes(data), edited=False)
-        first = set_edits(data, packets.video_s, length)
+        set_edits(data, length)
         shown = read_timeline(bytes(data))
     except (MediaError, ValueError) as error:
         raise InexactCutError(f"no frame came out ({error})") from error
-    if len(shown.video_s) != len(frame_us) - 1:
-        raise InexactCutError(f"{len(shown.video_s)} frames instead of {len(frame_us) - 1}")
-    worst_us = max(
-        abs(time_s * 1_000_000 - (time_us - frame_us[0]))
-        for time_s, time_us in zip(shown.video_s, frame_us, strict=False)
-    )
+    if len(shown.video_us) != len(frame_us) - 1:
+        raise InexactCutError(f"{len(shown.video_us)} frames instead of {len(frame_us) - 1}")
+    worst_us = np.abs(shown.video_us - (np.array(frame_us[:-1]) - frame_us[0])).max()
     if worst_us > TOLERANCE_US:
-        raise InexactCutError(f"a frame is off by {float(worst_us) / 1000:.1f} ms")
-    if size is None and not starts_clean(packets.codec, packets.key_packet, packets.extradata):
-        key_us = frame_us[0] + round((packets.key_s - first) * 1_000_000)
+        raise InexactCutError(f"a frame is off by {worst_us / 1000:.1f} ms")
+    if size is None and not starts_clean(shown.codec, shown.key_packet, shown.extradata):
+        key_us = frame_us[0] + round(shown.key_us)
         _compare_first(path, bytes(data), frame_us[0], key_us)
-    has_audio = shown.audio_s is not None and shown.audio_s < length
+    has_audio = shown.audio_us is not None and shown.audio_us < length * 1_000_000
     width, height = size or (info.width, info.height)
     return Cut(bytes(data), "copy", "", width, height, has_audio)
+
+
+def _remux(
+    path: str, info: media.MediaInfo, frame_us: Sequence[int], timeout_s: float, sound: Sound
+) -> bytes:
+    """Returns an MP4 that holds at least the wanted frames, copied packet by packet.
+
+    Starting ffmpeg and letting it probe the file would take three times as long.
+
+    Raises:
+        _ToolError: If libav's muxer does not take the streams.
+        InexactCutError: If no key frame lies before the clip.
+        MediaError: ``cut_timeout``.
+    """
+    deadline = time.monotonic() + timeout_s
+    options = {"movflags": "faststart", "movie_timescale": str(MOVIE_TIMESCALE)}
+    with tempfile.TemporaryDirectory(prefix="dataengine-") as folder:
+        out = os.path.join(folder, "clip.mp4")
+        try:
+            with media.open_container(path, _NO_DECODING) as source:
+                target: Any
+                with av.open(out, "w", format="mp4", options=options) as target:
+                    target.flags |= _BITEXACT
+                    for _ in _copy_packets(source, target, info, frame_us, sound):
+                        if time.monotonic() > deadline:
+                            raise MediaError("cut_timeout", f"over {timeout_s:g} s")
+        except (FFmpegError, OSError, ValueError) as error:
+            raise _ToolError(getattr(error, "strerror", None) or str(error)) from error
+        with open(out, "rb") as file:
+            return file.read()
+
+
+_BITEXACT = 0x0400  # AVFMT_FLAG_BITEXACT: no version of libav in the file
+
+
+def _copy_packets(
+    source: Any, target: Any, info: media.MediaInfo, frame_us: Sequence[int], sound: Sound
+) -> Iterator[None]:
+    """Copies what belongs to a clip from one container to another; yields at every packet read."""
+    first_us, end_us = frame_us[0], frame_us[-1]
+    zero_us = info.container_start_us
+    video = source.streams[info.video_stream]
+    audio = source.streams[info.audio_stream] if sound == "copy" else None
+    copies = {video.index: target.add_stream_from_template(video)}
+    if info.video_codec == "hevc":
+        copies[video.index].codec_context.codec_tag = "hvc1"  # what Apple's players look for
+    if audio is not None:
+        copies[audio.index] = target.add_stream_from_template(audio)
+    # The muxer's edit list hides what comes before 0; see _early_us.
+    shift_us = zero_us + first_us - _early_us(frame_us)
+    clocks = {}  # whole numbers, and made once: there are thousands of packets
+    for stream in (video,) if audio is None else (video, audio):
+        tick = Fraction(1_000_000) * stream.time_base
+        edges_us = first_us - SOUND_BEFORE_US, end_us, end_us + BEHIND_US
+        begin, end, late = (math.ceil((zero_us + us) / tick) for us in edges_us)
+        clocks[stream.index] = begin, end, late, round(shift_us / tick)
+    for packet in _packets_from_key_frame(source, video, audio, zero_us + first_us):
+        yield
+        pts, dts = packet.pts, packet.dts
+        stamp = pts if dts is None else dts
+        if stamp is None:
+            continue
+        begin, end, late, shift = clocks[packet.stream_index]
+        if packet.stream_index == video.index:
+            if stamp >= late or (stamp >= end and audio is None):
+                return
+            if stamp >= end:
+                continue  # frames are decoded before they are shown, never after
+        elif stamp >= end or stamp + (packet.duration or 0) < begin:
+            continue
+        packet.pts = (stamp if pts is None else pts) - shift  # AVI says when to decode, no more
+        if dts is not None:
+            packet.dts = dts - shift
+        packet.stream = copies[packet.stream_index]
+        target.mux_one(packet)
+
+
+def _packets_from_key_frame(source: Any, video: Any, audio: Any, time_us: int) -> Iterator[Any]:
+    """Yields packets from the last key frame that is shown at or before a time of the container.
+
+    Raises:
+        InexactCutError: If there is none.
+    """
+    streams = [video] if audio is None else [video, audio]
+    for back_us in (0, 1_000_000, 20_000_000):
+        source.seek(time_us - back_us, backward=True)
+        sounds: list[Any] = []
+        packets = source.demux(streams)
+        for packet in packets:
+            if packet.stream_index != video.index:
+                sounds.append(packet)
+                continue
+            stamp = packet.pts if packet.pts is not None else packet.dts
+            if stamp is None or not packet.is_keyframe:
+                continue  # the seek landed behind the key frame; try further back
+            # A tick of slack: stored times are rounded.
+            base = packet.time_base
+            if (stamp - 1) * base.numerator * 1_000_000 >= time_us * base.denominator:
+                break
+            return chain(sounds, [packet], packets)
+    raise InexactCutError("no key frame before the clip")
+
+
+def _early_us(frame_us: Sequence[int]) -> int:
+    """Returns how long before its first frame a clip is told to start; see `EARLY_US`."""
+    return min(EARLY_US, min(b - a for a, b in pairwise(frame_us)) // 2)
 
 
 def _run_ffmpeg(
@@ -160,10 +342,10 @@ def _run_ffmpeg(
     size: tuple[int, int] | None,
     timeout_s: float,
     lead_us: int | None,
+    sound: Sound,
 ) -> bytes:
     """Returns an MP4 that holds at least the wanted frames; its edit list is still ffmpeg's."""
-    gap_us = min(b - a for a, b in pairwise(frame_us))
-    early_us = min(EARLY_US, gap_us // 2)
+    early_us = _early_us(frame_us)
     # Frames too many do not matter in a copy; the edit list hides them.
     start_us, end_us = frame_us[0] - early_us, frame_us[-1] - (early_us if size else 0)
     # Options before the input seek in it, those before the output leave out what was decoded.
@@ -176,14 +358,12 @@ def _run_ffmpeg(
         options["to"] = f"{end_us}us"
     else:
         trim = {"ss": f"{max(start_us - seek_us, 0)}us", "to": f"{end_us - seek_us}us"}
-    source = ffmpeg.input(f"file:{path}", **options)
+    source = ffmpeg.input(f"file:{os.path.abspath(path)}", **options)
     streams = [source[str(info.video_stream)]]
-    if info.audio_stream is not None:
+    if sound != "none":
         streams.append(source[str(info.audio_stream)])
-    audio = "copy" if info.audio_codec in COPIED_AUDIO else "aac"
     target: dict[str, object] = {
         "f": "mp4",
-        "c:a": audio,
         "movflags": "+faststart",
         "movie_timescale": MOVIE_TIMESCALE,
         # Nothing personal (place, device, names), and the same bytes every time.
@@ -195,6 +375,8 @@ def _run_ffmpeg(
         "threads": 1,
         **trim,
     }
+    if sound != "none":
+        target["c:a"] = sound
     if size is None:
         target["c:v"] = "copy"
         if info.video_codec == "hevc":
@@ -206,26 +388,66 @@ def _run_ffmpeg(
             "preset": "veryfast",
             "pix_fmt": "yuv420p",
             "g": 48,
-            "vf": f"scale={size[0]}:{size[1]},setsar=1",
+            "vf": _filters(info, size),
             "fps_mode": "passthrough",
             "enc_time_base": "demux",
         }
     with tempfile.TemporaryDirectory(prefix="dataengine-") as folder:
         out = os.path.join(folder, "clip.mp4")
+        if size is not None and (info.transfer or info.wide_gamut):
+            with open(os.path.join(folder, "to_bt709.cube"), "w") as file:
+                file.write(hdr.cube(info.transfer, info.wide_gamut))
         command = ffmpeg.compile(
             ffmpeg.output(*streams, out, **target).global_args("-nostdin", "-v", "error"),
             cmd=imageio_ffmpeg.get_ffmpeg_exe(),
             overwrite_output=True,
         )
-        try:
-            done = subprocess.run(command, capture_output=True, timeout=timeout_s, check=False)
-        except subprocess.TimeoutExpired as error:
-            raise MediaError("cut_timeout", f"over {timeout_s:g} s") from error
-        if done.returncode != 0:
-            lines = done.stderr.decode(errors="replace").strip().splitlines()
-            raise InexactCutError(lines[-1] if lines else f"ffmpeg ended with {done.returncode}")
+        _run_limited(command, folder, timeout_s)
         with open(out, "rb") as file:
             return file.read()
+
+
+def _filters(info: media.MediaInfo, size: tuple[int, int]) -> str:
+    """Returns ffmpeg's filters for an encoded clip: its size, square pixels, BT.709 if it was HDR."""
+    scale = f"scale={size[0]}:{size[1]}:flags=area"
+    if not (info.transfer or info.wide_gamut):
+        return f"{scale},setsar=1"
+    tags = "color_primaries=bt709:color_trc=bt709"
+    return (
+        f"{scale},format=gbrp16le,lut3d=file=to_bt709.cube,setparams={tags}:colorspace=gbr,"
+        f"scale=out_color_matrix=bt709:out_range=limited,format=yuv420p,"
+        f"setparams={tags}:colorspace=bt709:range=limited,setsar=1"
+    )
+
+
+def _run_limited(command: Sequence[str], folder: str, timeout_s: float) -> None:
+    """Runs ffmpeg within limits of time and memory.
+
+    Raises:
+        MediaError: ``cut_timeout``.
+        _ToolError: If it fails; the message is the last line it wrote.
+    """
+    with subprocess.Popen(
+        command,
+        cwd=folder,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    ) as child:
+        if sys.platform == "linux":
+            # From outside: code between fork and exec is not safe in a process with threads.
+            seconds = int(timeout_s) + 1
+            for limit, value in ((resource.RLIMIT_AS, CHILD_BYTES), (resource.RLIMIT_CPU, seconds)):
+                with contextlib.suppress(ProcessLookupError):
+                    resource.prlimit(child.pid, limit, (value, value))
+        try:
+            _, words = child.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired as error:
+            child.kill()
+            raise MediaError("cut_timeout", f"over {timeout_s:g} s") from error
+    if child.returncode != 0:
+        lines = words.decode(errors="replace").strip().splitlines()
+        raise _ToolError(lines[-1] if lines else f"ffmpeg ended with {child.returncode}")
 
 
 # ------------------------------------------------------------------------------------- key frames
@@ -301,53 +523,49 @@ class Timeline:
     """What a clip shows, read from its packets without decoding.
 
     Attributes:
-        video_s: Ascending presentation times of the visible frames, in exact seconds.
-        audio_s: When the first visible sound begins; None without sound.
-        key_packet: The first video packet.
-        key_s: Its presentation time.
+        video_us: Ascending presentation times of the visible frames, float64 [frames], microseconds.
+        audio_us: When the first visible sound begins; None without sound.
+        key_packet: The first video packet, hidden or not.
+        key_us: Its presentation time; negative if it is hidden.
         codec: Name of the video codec.
         extradata: The codec's configuration record.
     """
 
-    video_s: list[Fraction]
-    audio_s: Fraction | None
+    video_us: np.ndarray
+    audio_us: float | None
     key_packet: bytes
-    key_s: Fraction
+    key_us: float
     codec: str
     extradata: bytes
 
 
-def read_timeline(data: bytes, edited: bool = True) -> Timeline:
-    """Returns what an MP4 shows.
-
-    Args:
-        data: The file.
-        edited: Whether to apply its edit lists; else everything in it counts as visible, on each
-            track's own clock.
+def read_timeline(data: bytes) -> Timeline:
+    """Returns what an MP4 shows, as libav understands its edit lists.
 
     Raises:
         MediaError: See `probe`.
     """
-    video_s: list[Fraction] = []
-    audio_s: Fraction | None = None
-    key: tuple[bytes, Fraction] = b"", Fraction(0)
-    with media.open_container(data, {} if edited else {"ignore_editlist": "1"}) as container:
+    ticks: list[int] = []
+    audio_us: float | None = None
+    key: tuple[bytes, int] = b"", 0
+    with media.open_container(data, _NO_DECODING) as container:
         stream = media.video_stream(container)
         for packet in container.demux():
-            if packet.pts is None:
+            stamp = packet.pts
+            if stamp is None:
                 continue
-            base = packet.time_base
-            time_s = Fraction(packet.pts * base.numerator, base.denominator)
             if packet.stream_index == stream.index:
                 if not key[0]:
-                    key = bytes(packet), time_s
+                    key = bytes(packet), stamp
                 if not packet.is_discard:
-                    video_s.append(time_s)
-            elif packet.stream.type == "audio" and audio_s is None and not packet.is_discard:
-                audio_s = time_s
+                    ticks.append(stamp)
+            elif audio_us is None and packet.stream.type == "audio" and not packet.is_discard:
+                audio_us = float(stamp * packet.time_base * 1_000_000)
+        tick_us = float(stream.time_base * 1_000_000)
         extradata = bytes(stream.codec_context.extradata or b"")
         codec = stream.codec_context.codec.canonical_name
-    return Timeline(sorted(video_s), audio_s, *key, codec, extradata)
+    video_us = np.sort(np.array(ticks, np.int64)) * tick_us
+    return Timeline(video_us, audio_us, key[0], key[1] * tick_us, codec, extradata)
 
 
 def read_key_packet(path: str, time_us: int) -> tuple[str, bytes, bytes]:

@@ -16,15 +16,18 @@ import io
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, Literal
 
 import av
 import cv2
 import numpy as np
+from av.codec.hwaccel import HWAccel, hwdevices_available
 from av.error import EOFError as EndOfStream
 from av.error import FFmpegError, InvalidDataError
 from av.stream import Disposition
 
+from dataengine import hdr
 from dataengine.errors import MediaError
 
 # What may be inside a file that came from the network. Playlists (HLS, DASH, concat) are missing
@@ -42,6 +45,13 @@ Picture = av.VideoFrame
 GRID_PX = 120
 """Longer side of a small frame at most. Measured on 48 videos: 120 finds the same shots as 360 and as
 PySceneDetect's own readers, and its motion scores are within 3 % of those at 240."""
+
+MAX_PIXELS = 8192 * 4320
+"""Larger pictures are not decoded: their frames take 50 MB each, and a header may claim any size."""
+
+Hardware = Literal["auto", "cuda", "vaapi", "qsv", "videotoolbox", "d3d11va", "vulkan"]
+"""What may decode instead of the processor, by libav's names; ``auto`` is the first that works."""
+_HARDWARE = ("cuda", "videotoolbox", "vaapi", "qsv", "d3d11va")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +77,10 @@ class MediaInfo:
     """Whether the container stores when pictures are shown; AVI with B-frames does not."""
     container_start_us: int
     """First timestamp in the container, of whichever stream: the zero of all times."""
+    transfer: hdr.Transfer = ""
+    """Transfer curve of an HDR picture (ITU-R BT.2100); empty for ordinary ones."""
+    wide_gamut: bool = False
+    """Whether the colours are BT.2020's instead of BT.709's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,27 +123,60 @@ class VideoReader:
         threads: Decoder threads. One is the cheapest in CPU seconds (measured on 48 videos: 13.7 s,
             against 15.8 s with two frame threads and 17.7 s with libav's automatic choice); many
             actors make better use of the cores than threads do.
+        hwaccel: Decodes on a device where that works, and in software where there is no such device,
+            driver or codec. None, the default, is software: bits and costs are then the same
+            everywhere. Pictures come back to the processor's memory.
+        max_pixels: Videos with larger pictures are refused before one is decoded, and pictures that
+            become larger in mid-stream are left out.
 
     Raises:
-        MediaError: See `probe`.
+        MediaError: See `probe`; also ``too_large``.
     """
 
-    def __init__(self, source: str | bytes, threads: int = 1) -> None:
+    def __init__(
+        self,
+        source: str | bytes,
+        threads: int = 1,
+        hwaccel: Hardware | None = None,
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
+        size = os.stat(source).st_size if isinstance(source, str) and os.path.exists(source) else 0
+        self._file_bytes = size if isinstance(source, str) else len(source)
+        self._max_pixels = max_pixels
+        devices = _devices(hwaccel)
+        for device in devices:
+            try:
+                self._open(source, threads, device)
+                return
+            except MediaError as error:
+                if error.reason == "too_large":
+                    raise
+            except (FFmpegError, OSError, RuntimeError, ValueError, NotImplementedError):
+                pass  # no driver, or a codec that the device does not know
+        self._open(source, threads, None)
+
+    def _open(self, source: str | bytes, threads: int, device: str | None) -> None:
+        """Opens the file and decodes the first frame."""
         self.num_errors = 0
         self.truncated = False
+        self.hwaccel = device
         self._error = ""
-        self._container = open_container(source)
+        self._container = open_container(source, device=device)
         try:
             self._stream = video_stream(self._container)
-            self._stream.codec_context.thread_count = threads
-            self._stream.codec_context.thread_type = "FRAME" if threads > 1 else "NONE"
+            context = self._stream.codec_context
+            check_pixels(context.width, context.height, self._max_pixels)
+            context.thread_count = threads
+            context.thread_type = "FRAME" if threads > 1 else "NONE"
+            context.options = {"max_pixels": str(self._max_pixels)}
             self._start_us = self._container.start_time or 0
             self._frames = self._decode()
             self._first = next(self._frames, None)
             if self._first is None:
                 raise MediaError("undecodable", self._error or "no frame decodes")
-            size = os.stat(source).st_size if isinstance(source, str) else len(source)
-            self.info = _describe(self._container, self._stream, self._first.picture, size)
+            self.info = _describe(
+                self._container, self._stream, self._first.picture, self._file_bytes
+            )
         except BaseException:
             self._container.close()
             raise
@@ -155,19 +202,20 @@ class VideoReader:
     def _decode(self) -> Iterator[Frame]:
         rate = float(self._stream.average_rate or 0) or 25.0
         default_us = round(1e6 / rate)
+        base = self._stream.time_base  # PyAV makes a new Fraction at every access
         # AVI stores the order of decoding only; what libav calls pts there is out of order.
         trust_pts = self._container.format.name != "avi"
         last_us = None
         for picture in self._pictures():
             stamp = picture.pts if trust_pts and picture.pts is not None else picture.dts
             if stamp is not None:
-                time_us = _rescale_us(stamp, self._stream.time_base) - self._start_us
+                time_us = _rescale_us(stamp, base) - self._start_us
             else:
                 time_us = 0 if last_us is None else last_us + default_us
             if last_us is not None and time_us <= last_us:
                 continue  # a broken clock: no player would show this frame either
             last_us = time_us
-            duration_us = _rescale_us(picture.duration, self._stream.time_base)
+            duration_us = _rescale_us(picture.duration, base)
             yield Frame(time_us, duration_us or default_us, picture)
 
     def _pictures(self) -> Iterator[av.VideoFrame]:
@@ -215,8 +263,37 @@ def read_frames(path: str, times_us: Sequence[int]) -> list[Frame]:
     return frames
 
 
-def open_container(source: str | bytes, options: Mapping[str, str] | None = None) -> Any:
-    """Opens a container with the whitelists in force."""
+def check_pixels(width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:
+    """Refuses a picture size.
+
+    Raises:
+        MediaError: ``too_large``.
+    """
+    if width * height > max_pixels:
+        raise MediaError("too_large", f"{width}x{height}")
+
+
+def _devices(hwaccel: Hardware | None) -> list[str]:
+    """Returns the devices worth trying, in order."""
+    if hwaccel is None:
+        return []
+    known = hwdevices_available()
+    return [name for name in (_HARDWARE if hwaccel == "auto" else (hwaccel,)) if name in known]
+
+
+def open_container(
+    source: str | bytes, options: Mapping[str, str] | None = None, device: str | None = None
+) -> Any:
+    """Opens a container with the whitelists in force.
+
+    Args:
+        source: A local file, or the bytes of one.
+        options: More options for libav's demuxer.
+        device: Kind of hardware that is to decode; it must be there.
+
+    Raises:
+        MediaError: ``empty_file``, ``not_a_video`` or ``unreadable_file``.
+    """
     if isinstance(source, str):
         try:
             size = os.stat(source).st_size
@@ -228,8 +305,14 @@ def open_container(source: str | bytes, options: Mapping[str, str] | None = None
         raise MediaError("empty_file", "0 bytes")
     # The prefix keeps a file called "concat:a|b" a file.
     file = f"file:{source}" if isinstance(source, str) else io.BytesIO(source)
+    hardware = HWAccel(device, allow_software_fallback=False) if device else None
     try:
-        return av.open(file, options=OPEN_OPTIONS | dict(options or {}), metadata_errors="ignore")
+        return av.open(
+            file,
+            options=OPEN_OPTIONS | dict(options or {}),
+            metadata_errors="ignore",
+            hwaccel=hardware,
+        )
     except PermissionError as error:
         raise MediaError("unreadable_file", str(error)) from error
     except (FFmpegError, OSError) as error:
@@ -259,6 +342,12 @@ def _describe(container: Any, stream: Any, first: av.VideoFrame, file_bytes: int
     duration_us = container.duration or 0
     if not duration_us and stream.duration:
         duration_us = _rescale_us(stream.duration, stream.time_base)
+    transfer: hdr.Transfer = ""
+    match first.color_trc:
+        case 16:  # SMPTE ST 2084
+            transfer = "pq"
+        case 18:  # ARIB STD-B67
+            transfer = "hlg"
     return MediaInfo(
         duration_ms=floor_ms(duration_us),
         fps=float(stream.average_rate or stream.guessed_rate or 0),
@@ -272,6 +361,8 @@ def _describe(container: Any, stream: Any, first: av.VideoFrame, file_bytes: int
         file_bytes=file_bytes,
         has_times=container.format.name != "avi" or not stream.codec_context.has_b_frames,
         container_start_us=container.start_time or 0,
+        transfer=transfer,
+        wide_gamut=first.color_primaries == 9,
     )
 
 
@@ -307,55 +398,99 @@ def small_bgr(picture: av.VideoFrame, rotation: int = 0, grid_px: int = GRID_PX)
     Returns:
         uint8 [height, width, 3], BGR, the right way up.
     """
-    planes_YUV = _strided_planes(picture, grid_px)
-    if planes_YUV is None:
+    layout = _layout(picture.format.name, picture.width, picture.height, grid_px)
+    planes = _strided_planes(picture, layout) if layout else None
+    if planes is None:
         scale = min(1.0, grid_px / max(picture.width, picture.height))
         width, height = round(picture.width * scale), round(picture.height * scale)
-        bgr = picture.reformat(max(width, 1), max(height, 1), "bgr24").to_ndarray()
+        small = picture.reformat(max(width, 1), max(height, 1), "bgr24", threads=1)
+        bgr = small.to_ndarray()
     else:
-        y, u, v = planes_YUV
         full_range = picture.color_range == 2 or picture.format.name.startswith("yuvj")
-        table = _FULL_RANGE if full_range else _VIDEO_RANGE
-        bgr = cv2.cvtColor(cv2.LUT(cv2.merge((y, v, u)), table), cv2.COLOR_YCrCb2BGR)
+        bgr = cv2.transform(cv2.merge(planes), _FULL_RANGE if full_range else _VIDEO_RANGE)
     return np.rot90(bgr, rotation // 90).copy() if rotation else bgr
 
 
-def _range_table(low: int, luma: int, chroma: int) -> np.ndarray:
-    """Returns the table [1, 256, 3] that stretches Y, Cr, Cb to 0..255."""
-    codes = np.arange(256)
-    y = (codes - low) * 255 / luma
-    c = (codes - 128) * 255 / chroma + 128
-    return np.clip(np.rint(np.stack((y, c, c), -1)), 0, 255).astype(np.uint8)[None]
+@lru_cache(maxsize=32)
+def _bgr_matrix(red: float, blue: float, low: int, luma: int, chroma: int) -> np.ndarray:
+    """Returns the float32 [3, 4] matrix that takes 8-bit (Y, Cb, Cr, 1) to full-range (B, G, R).
+
+    Args:
+        red: Share of red in luma.
+        blue: Share of blue in luma.
+        low: Code of black.
+        luma: Codes from black to white.
+        chroma: Codes from the least to the most of a colour difference.
+
+    Source: ITU-R BT.601-7, 2.5.
+    """
+    green = 1 - red - blue
+    y, c = 255 / luma, 255 / chroma
+    b, r = 2 * (1 - blue) * c, 2 * (1 - red) * c
+    mix = np.array([[y, b, 0], [y, -b * blue / green, -r * red / green], [y, 0, r]])
+    offset = mix @ [-low, -128, -128]
+    return np.concatenate([mix, offset[:, None]], 1).astype(np.float32)
 
 
-_FULL_RANGE = _range_table(0, 255, 255)
-_VIDEO_RANGE = _range_table(16, 219, 224)  # ITU-R BT.601: luma 16..235, chroma 16..240
+_FULL_RANGE = _bgr_matrix(0.299, 0.114, 0, 255, 255)
+_VIDEO_RANGE = _bgr_matrix(0.299, 0.114, 16, 219, 224)
 
 
-def _strided_planes(picture: av.VideoFrame, grid_px: int) -> list[np.ndarray] | None:
-    """Returns three uint8 planes of one size, or None for a layout that has to be converted."""
-    form = picture.format
-    if not form.is_planar or form.is_rgb or len(form.components) < 3 or form.is_big_endian:
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """Which samples of three planes make a small picture."""
+
+    shift: int
+    """Bits to drop of each sample."""
+    interleaved: bool
+    """Whether the second plane holds both colour differences in turn."""
+    rows: tuple[int, int]
+    """Step down the luma plane, and down the others."""
+    columns: tuple[int, int]
+    chroma_width: int
+
+
+@lru_cache(maxsize=64)
+def _layout(form: str, width: int, height: int, grid_px: int) -> _Layout | None:
+    """Returns how to read a pixel format by strides; None where it has to be converted."""
+    fmt = av.VideoFormat(form, width, height)
+    parts = fmt.components
+    if not fmt.is_planar or fmt.is_rgb or len(parts) < 3 or fmt.is_big_endian:
         return None
-    bits = form.components[0].bits
-    planes = picture.planes[:3]
-    if bits > 16 or any(plane.line_size <= 0 for plane in planes):
+    if form not in ("nv12", "nv21") and [part.plane for part in parts[:3]] != [0, 1, 2]:
         return None
-    chroma = planes[1]
-    step = -(-max(chroma.width, chroma.height) // grid_px)
-    samples = []
-    for index, plane in enumerate(planes):
-        rows, columns = step, step
-        if index == 0:
-            rows *= round(picture.height / chroma.height)
-            columns *= round(picture.width / chroma.width)
-        dtype = np.uint8 if bits == 8 else np.dtype("<u2")
-        values = np.frombuffer(memoryview(plane), dtype).reshape(plane.height, -1)
-        values = values[::rows, : plane.width : columns]
-        samples.append(values if bits == 8 else (values >> (bits - 8)).astype(np.uint8))
+    bits = parts[0].bits
+    if bits > 16 or form == "nv21":
+        return None
+    chroma_width, chroma_height = parts[1].width, parts[1].height
+    step = -(-max(chroma_width, chroma_height) // grid_px)
+    down, across = round(height / chroma_height), round(width / chroma_width)
+    rows, columns = (step * down, step), (step * across, step)
+    return _Layout(bits - 8, form == "nv12", rows, columns, chroma_width)
+
+
+def _strided_planes(picture: av.VideoFrame, layout: _Layout) -> list[np.ndarray] | None:
+    """Returns Y, Cb and Cr as uint8 of one size; None where a plane lies upside down."""
+    samples: list[np.ndarray] = []
+    for index, plane in enumerate(picture.planes[:3]):
+        if plane.line_size <= 0:
+            return None
+        values = np.frombuffer(memoryview(plane), np.uint8 if not layout.shift else "<u2")
+        values = values.reshape(plane.height, -1)
+        kind = min(index, 1)
+        rows, columns = layout.rows[kind], layout.columns[kind]
+        if kind and layout.interleaved:
+            pairs = values[::rows, : 2 * layout.chroma_width]
+            samples += [pairs[:, :: 2 * columns], pairs[:, 1 :: 2 * columns]]
+        else:
+            width = layout.chroma_width if kind else plane.width
+            samples.append(values[::rows, :width:columns])
     height = min(plane.shape[0] for plane in samples)
     width = min(plane.shape[1] for plane in samples)
-    return [plane[:height, :width] for plane in samples]
+    samples = [plane[:height, :width] for plane in samples]
+    if layout.shift:
+        samples = [(plane >> layout.shift).astype(np.uint8) for plane in samples]
+    return samples
 
 
 # ---------------------------------------------------------------------------------------- pictures
@@ -372,13 +507,63 @@ def scale_picture(picture: av.VideoFrame, info: MediaInfo, short_side: int) -> a
     width, height = scaled_size(info.width, info.height, short_side)
     if info.rotation in (90, 270):
         width, height = height, width
-    return picture.reformat(width, height, interpolation="AREA")
+    return picture.reformat(width, height, interpolation="AREA", threads=1)
 
 
 def upright_rgb(picture: av.VideoFrame, info: MediaInfo, short_side: int) -> np.ndarray:
-    """Returns what a viewer sees, uint8 RGB [height, width, 3], shrunk to ``short_side``."""
-    rgb = scale_picture(picture, info, short_side).to_ndarray(format="rgb24")
+    """Returns what a viewer of an ordinary screen sees, shrunk to ``short_side``.
+
+    Args:
+        picture: A decoded frame, or what `scale_picture` made of one.
+        info: Of the video. HDR and BT.2020 pictures are brought to BT.709: see `dataengine.hdr`.
+        short_side: Pixels of the shorter side at most.
+
+    Returns:
+        uint8 RGB [height, width, 3].
+    """
+    width, height = scaled_size(info.width, info.height, short_side)
+    if info.rotation in (90, 270):
+        width, height = height, width
+    form = picture.format
+    shares = _LUMA_SHARES.get(picture.colorspace)
+    if form.is_rgb or len(form.components) < 3 or form.name == "pal8" or shares is None:
+        made = picture.reformat(width, height, "rgb24", interpolation="AREA", threads=1)
+        rgb = made.to_ndarray()
+    elif info.transfer or info.wide_gamut:
+        made = picture.reformat(width, height, "yuv444p16le", interpolation="AREA", threads=1)
+        black, luma, chroma = (0, 255, 255) if picture.color_range == 2 else (16, 219, 224)
+        deep = _merged(made).astype(np.float32) / 256
+        matrix = _bgr_matrix(*shares, black, luma, chroma)[::-1]
+        rgb = hdr.to_bt709(cv2.transform(deep, matrix) / 255, info.transfer, info.wide_gamut)
+    else:
+        # Only sizes are left to libswscale: its way to RGB costs twice as much as all of this.
+        made = picture.reformat(width, height, "yuvj444p", interpolation="AREA", threads=1)
+        rgb = cv2.transform(_merged(made), _bgr_matrix(*shares, 0, 255, 255)[::-1])
     return np.ascontiguousarray(np.rot90(rgb, info.rotation // 90))
+
+
+# Red's and blue's share of luma by libav's number of the matrix: ITU-T H.273, table 4.
+_LUMA_SHARES = {
+    1: (0.2126, 0.0722),
+    2: (0.299, 0.114),  # nothing is said: BT.601, like ffmpeg and OpenCV
+    4: (0.30, 0.11),
+    5: (0.299, 0.114),
+    6: (0.299, 0.114),
+    7: (0.212, 0.087),
+    9: (0.2627, 0.0593),
+    10: (0.2627, 0.0593),
+}
+
+
+def _merged(picture: av.VideoFrame) -> np.ndarray:
+    """Returns the three planes of a 4:4:4 picture as one array [height, width, 3]."""
+    dtype = np.dtype("<u2") if picture.format.components[0].bits > 8 else np.dtype(np.uint8)
+    return cv2.merge(
+        [
+            np.frombuffer(memoryview(plane), dtype).reshape(plane.height, -1)[:, : plane.width]
+            for plane in picture.planes
+        ]
+    )
 
 
 def same_picture(one: av.VideoFrame, other: av.VideoFrame) -> bool:

@@ -4,24 +4,26 @@
 An edit list says which part of each track is shown, and when. Source: ISO/IEC 14496-12.
 """
 
+import contextlib
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
+import numpy as np
 
-def set_edits(data: bytearray, video_s: Sequence[Fraction], length: Fraction) -> Fraction:
+_Span = tuple[int, int]
+"""Start and end of a box's content in the file."""
+
+
+def set_edits(data: bytearray, length: Fraction) -> None:
     """Rewrites an MP4's edit lists, in place, so that they begin with a frame and end on time.
 
     The first frame that was visible comes to time 0, and everything else keeps its distance to it.
 
     Args:
         data: An MP4 whose ``moov`` is not compressed; sizes and offsets stay as they are.
-        video_s: Ascending presentation times of all frames in the video track, edits ignored.
         length: New duration in seconds; sound that ends earlier stays shorter.
-
-    Returns:
-        The item of ``video_s`` that is shown first.
 
     Raises:
         ValueError: If no frame was visible, or a box is missing that ffmpeg writes.
@@ -38,11 +40,14 @@ def set_edits(data: bytearray, video_s: Sequence[Fraction], length: Fraction) ->
         if kind == "trak"
     ]
     video = next((track for track in tracks if track.kind == b"vide"), None)
-    # Half a tick: ffmpeg's own edit was rounded.
-    visible = [t for t in video_s if video and t >= video.begin_s - Fraction(1, 2 * video.scale)]
-    if not video or not visible:
+    if video is None:
+        raise ValueError("no video track")
+    ticks = _frame_ticks(data, video.trak)
+    begin_ticks = round(video.begin_s * video.scale)
+    visible = ticks[ticks >= begin_ticks]
+    if not len(visible):
         raise ValueError("no frame came out")
-    zero = video.delay + visible[0] - video.begin_s
+    zero = video.delay + Fraction(int(visible.min()) - begin_ticks, video.scale)
     longest = 0
     for track in tracks:
         begin, delay = track.begin_s, track.delay - zero
@@ -61,11 +66,27 @@ def set_edits(data: bytearray, video_s: Sequence[Fraction], length: Fraction) ->
         _write_duration(data, track.tkhd, total, 20)
         longest = max(longest, total)
     _write_duration(data, mvhd, longest, 16)
-    return visible[0]
 
 
-_Span = tuple[int, int]
-"""Start and end of a box's content in the file."""
+def _frame_ticks(data: bytearray, trak: _Span) -> np.ndarray:
+    """Returns when the frames of a track are shown, int64 [frames] in its own ticks, edits ignored.
+
+    Source: 8.6.1.2 and 8.6.1.3 of the standard.
+    """
+    stbl = _box(data, _box(data, _box(data, trak, "mdia"), "minf"), "stbl")
+    lengths = _runs(data, _box(data, stbl, "stts"))
+    ticks = np.cumsum(lengths) - lengths
+    with contextlib.suppress(ValueError):  # no B-frames, no box
+        ticks = ticks + _runs(data, _box(data, stbl, "ctts"))
+    return ticks
+
+
+def _runs(data: bytearray, span: _Span) -> np.ndarray:
+    """Returns the values of an stts or ctts box, one for each sample, int64."""
+    (count,) = struct.unpack_from(">I", data, span[0] + 4)
+    # Negative offsets belong to version 1, but stand in version 0 as well.
+    table = np.frombuffer(data, ">i4", 2 * count, span[0] + 8).reshape(-1, 2).astype(np.int64)
+    return np.repeat(table[:, 1], table[:, 0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +98,7 @@ class _Track:
     length_s: Fraction
     delay: Fraction
     begin_s: Fraction
+    trak: _Span
     elst: _Span
     tkhd: _Span
 
@@ -93,6 +115,7 @@ def _read_track(data: bytearray, trak: _Span, movie_scale: int) -> _Track:
         length_s=Fraction(_duration(data, mdhd), scale),
         delay=delay,
         begin_s=Fraction(begin, scale),
+        trak=trak,
         elst=elst,
         tkhd=_box(data, trak, "tkhd"),
     )

@@ -49,14 +49,16 @@ class FrameSampler:
     Frames newer than the detector's lag may still turn out to belong to the next shot: they are
     held at a spacing of their own (``recent``). Older ones lie on a grid whose spacing doubles
     whenever it holds too many, so it always has between two and four times as many as are wanted.
-    A shot that outgrows ``max_span_us`` will be cut into pieces: then the spacing stops growing and
-    old frames are stored as JPEG instead.
+    A shot that outgrows ``max_span_us`` will be cut into pieces: then the spacing stops growing, and
+    old frames are set aside: ``max_aside`` of them as they are, the others as JPEG. Three of four are
+    never asked for, so every one that need not be encoded saves time.
 
     Args:
         num_frames: Frames wanted of each span.
         lag_us: How long after a frame its shot is certain.
         max_span_us: Longest span that will be asked for, None without limit.
-        encode: Makes a JPEG of a frame; called for the chosen ones only.
+        encode: Makes a JPEG of a frame; called for the chosen ones, and for what memory cannot hold.
+        max_aside: Decoded frames of a long shot that may be held besides the others.
     """
 
     def __init__(
@@ -65,21 +67,24 @@ class FrameSampler:
         lag_us: int,
         max_span_us: int | None,
         encode: Callable[[Any], bytes],
+        max_aside: int = 0,
     ) -> None:
         self._num_frames = num_frames
         self._lag_us = lag_us
         self._encode = encode
+        self._max_aside = max_aside
         self._finest_us = max(lag_us // (3 * num_frames), 1)
         self._coarsest_us = max_span_us // (4 * num_frames) if max_span_us else None
         self._recent: deque[_Candidate] = deque()
         self._grid: list[_Candidate] = []
         self._stored: list[_Candidate] = []
+        self._num_encoded = 0  # the first so many of them are JPEGs
         self._spacing_us = self._finest_us
 
     @property
     def num_held(self) -> int:
         """Decoded frames held at the moment."""
-        return len(self._recent) + len(self._grid)
+        return len(self._recent) + len(self._grid) + len(self._stored) - self._num_encoded
 
     def push(self, time_us: int, hold: Callable[[], Any]) -> None:
         """Takes the next frame; ``hold`` gives the picture to keep, and is called only if kept."""
@@ -109,6 +114,7 @@ class FrameSampler:
             taken.append([(c.time_us, c.jpeg or self._encode(c.picture)) for c in chosen])
         self._recent = deque(c for c in candidates if c.time_us >= spans_us[-1][1])
         self._grid, self._stored, self._spacing_us = [], [], self._finest_us
+        self._num_encoded = 0
         return taken
 
     def _bin(self, candidate: _Candidate) -> int:
@@ -117,10 +123,12 @@ class FrameSampler:
     def _thin(self) -> None:
         if self._coarsest_us is not None and 2 * self._spacing_us > self._coarsest_us:
             half = len(self._grid) // 2
-            for candidate in self._grid[:half]:
-                candidate.jpeg, candidate.picture = self._encode(candidate.picture), None
             self._stored += self._grid[:half]
             self._grid = self._grid[half:]
+            while len(self._stored) - self._num_encoded > self._max_aside:
+                oldest = self._stored[self._num_encoded]
+                oldest.jpeg, oldest.picture = self._encode(oldest.picture), None
+                self._num_encoded += 1
             return
         self._spacing_us *= 2
         thinned: list[_Candidate] = []

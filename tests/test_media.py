@@ -214,7 +214,8 @@ def test_rotated_pictures_come_out_upright(rotation, tmp_path):
         small = media.small_bgr(frame.picture, info.rotation)[..., ::-1]
     assert info.rotation == rotation
     assert (info.height, info.width) == upright.shape[:2]
-    assert np.array_equal(upright, np.rot90(stored, rotation // 90))
+    # Edges of colour differ a little, by how chroma is spread over the pixels.
+    assert np.abs(upright.astype(int) - np.rot90(stored, rotation // 90)).mean() < 1
     assert (small.shape[0] > small.shape[1]) == (rotation != 180)
     rows = np.linspace(0, info.height - 1, small.shape[0]).round().astype(int)
     columns = np.linspace(0, info.width - 1, small.shape[1]).round().astype(int)
