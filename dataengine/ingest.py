@@ -134,12 +134,12 @@ def stored_pipeline(corpus: Corpus, overrides: Sequence[str] = ()) -> Pipeline:
         CorpusError: If no run is recorded.
         ConfigError: If the pipeline cannot be run any more.
     """
-    paths = corpus.fs.glob(corpus.path("runs", "*", "pipeline.yaml"))
-    if not paths:
-        raise CorpusError(f"No run is recorded in {corpus.url}", "name a file with --pipeline")
-    path = max(map(str, paths))
-    text = cast(bytes, corpus.fs.cat_file(path)).decode()
-    return parse_pipeline(text, path, overrides)
+    for folder in sorted(corpus.fs.ls(corpus.path("runs"), detail=False), reverse=True):
+        path = f"{folder.rstrip('/')}/pipeline.yaml"
+        if corpus.fs.exists(path):
+            text = cast(bytes, corpus.fs.cat_file(path)).decode()
+            return parse_pipeline(text, path, overrides)
+    raise CorpusError(f"No run is recorded in {corpus.url}", "name a file with --pipeline")
 
 
 def _run(
