@@ -11,7 +11,7 @@ from typing import Any
 
 import fsspec
 import pytest
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 
 from dataengine import records
 from dataengine.errors import DependencyError
@@ -438,6 +438,12 @@ def test_settings_that_contradict_each_other_are_refused():
         {"sleep_interval_s": 2, "max_sleep_interval_s": 1},
         {"min_duration_s": 2, "max_duration_s": 1},
         {"allow_private": ["intranet"]},
+        {"proxies": ["proxy:8080"]},
+        {
+            "proxies": FetchSettings(proxies=(SecretStr("http://a"),)).model_dump(mode="json")[
+                "proxies"
+            ]
+        },
     ):
         with pytest.raises(ValidationError):
             FetchSettings.model_validate(settings)

@@ -87,6 +87,8 @@ class Visit:
         session.headers["Accept-Encoding"] = "identity"  # lengths and ranges are of the file itself
         if self.proxy:
             session.trust_env = False
+            if self.proxy.startswith("socks"):
+                import yt_dlp.networking  # noqa: F401 - gives requests a client for SOCKS
             session.proxies = {"http": self.proxy, "https": self.proxy}
         if self.settings.cookies_file:
             jar = http.cookiejar.MozillaCookieJar(self.settings.cookies_file)

@@ -75,6 +75,17 @@ class FetchSettings(Settings):
             ipaddress.ip_network(network)
         return value
 
+    @field_validator("proxies")
+    @classmethod
+    def _known(cls, value: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
+        for proxy in value:
+            url = proxy.get_secret_value()
+            if set(url) == {"*"}:
+                raise ValueError("a corpus does not store proxies, which hold passwords: name them")
+            if not url.startswith(("http://", "https://", "socks4", "socks5")):
+                raise ValueError("a proxy is a URL: http://, https://, socks4:// or socks5://")
+        return value
+
     @model_validator(mode="after")
     def _ordered(self) -> "FetchSettings":
         if self.max_sleep_interval_s is not None and (
