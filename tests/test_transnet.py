@@ -4,6 +4,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -108,7 +109,7 @@ def whole_at_once(network, frames):
 
 @pytest.mark.parametrize("batch_windows", [1, 3])
 def test_a_stream_gives_what_the_whole_video_gives(batch_windows):
-    network = CountingNetwork()
+    network: Any = CountingNetwork()
     for num in range(1, 261):
         frames = numbered_frames(num)
         stream = ProbabilityStream(network, batch_windows)
@@ -123,7 +124,8 @@ def test_a_stream_gives_what_the_whole_video_gives(batch_windows):
 
 
 def test_a_stream_without_frames_has_no_probabilities():
-    assert ProbabilityStream(CountingNetwork()).flush().shape == (0, 2)
+    network: Any = CountingNetwork()
+    assert ProbabilityStream(network).flush().shape == (0, 2)
 
 
 # ----------------------------------------------------------------------------------------- loading
