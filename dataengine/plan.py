@@ -11,8 +11,9 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import duckdb
 import numpy as np
@@ -183,8 +184,8 @@ def make_plan(
     A source has ended when the ledger knows it in this version, or has clips of it, or when it was
     removed. One that failed is tried again while it has attempts left, and one that was refused for a
     reason that may go away is looked at again. Of files with the same bytes only the first is worked
-    on; the others end as duplicates of it. Files are read for this only when another of the same
-    size is listed or in the ledger, or when an exclusion list names files by their bytes.
+    on; the others end as duplicates of it. Files and objects are read for this only when another of
+    the same size is listed or in the ledger, and files when an exclusion list names bytes.
 
     Args:
         folder: Where `write_listed` wrote.
@@ -419,10 +420,9 @@ def _hash_files(db: duckdb.DuckDBPyConnection) -> None:
         [_HASH.pattern],
     )[0]
     wanted = db.execute(
-        "select source from todo where file_bytes > 0 and reason is null"
-        if by_bytes
-        else "select source from todo where file_bytes > 0 and reason is null and "
-        "(file_bytes in (select file_bytes from todo group by file_bytes having count(*) > 1) "
+        "select source from todo where file_bytes > 0 and reason is null and "
+        f"(({bool(by_bytes)} and source not like '%://%') "  # objects are far away
+        "or file_bytes in (select file_bytes from todo group by file_bytes having count(*) > 1) "
         "or file_bytes in (select ledger_bytes from ledger where ledger_bytes is not null))"
     ).fetchall()
     paths = [path for (path,) in wanted]
@@ -433,10 +433,15 @@ def _hash_files(db: duckdb.DuckDBPyConnection) -> None:
     db.execute("create table hashed as select * from hashes where id is not null")
 
 
-def _video_id_or_none(path: str) -> str | None:
+def _video_id_or_none(source: str) -> str | None:
+    """Returns the id of a file or object by its bytes; None if it cannot be read."""
     try:
-        return records.file_video_id(path)
-    except OSError:
+        if not records.is_object(source):
+            return records.file_video_id(source)
+        fs, path = lists.file_system(source)
+        with fs.open(path, "rb") as file:
+            return records.stream_video_id(cast(BufferedReader, file))
+    except (OSError, ConfigError):
         return None  # the download stage will name the reason
 
 

@@ -11,6 +11,7 @@ player shows and ``ffmpeg -ss`` takes), and spans are half-open: ``[start_ms, en
 import hashlib
 import json
 import re
+from io import BufferedReader
 from urllib.parse import parse_qs, urlsplit, urlunsplit
 
 import pyarrow as pa
@@ -270,7 +271,12 @@ def file_video_id(path: str) -> str:
         OSError: If the file cannot be read.
     """
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
+        return stream_video_id(file)
+
+
+def stream_video_id(file: BufferedReader) -> str:
+    """Returns the video id of what is read from an open file; see `file_video_id`."""
+    return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
 
 
 # ------------------------------------------------------------------------------------ metadata

@@ -58,7 +58,7 @@ class Listed(NamedTuple):
     Attributes:
         source: Absolute path or URL, written in one way however the user wrote it.
         source_version: Changes when a file's or object's content may have; empty if not known.
-        file_bytes: Of a local file.
+        file_bytes: Of a local file, or of an object that was listed by its store.
         video_id: Of a URL; a file's takes reading it.
         stem: Name without folder and suffix of a file, an object or a URL that ends like a video.
         start_ms: Of a given span; None for the whole video.
@@ -473,7 +473,7 @@ def _object(url: str, info: dict[str, Any]) -> Listed:
     tags = ("ETag", "etag", "md5Hash", "content_md5", "LastModified", "last_modified", "mtime")
     tag = next((info[key] for key in (*tags, "updated", "created") if info.get(key)), "")
     version = f"{info.get('size')}-{str(tag).strip(chr(34))}"
-    return Listed(url, version, stem=_stem(url))
+    return Listed(url, version, info.get("size"), stem=_stem(url))
 
 
 # ---------------------------------------------------------------------------------------- local

@@ -73,6 +73,67 @@ def test_what_is_no_pipeline_is_one_clear_error(write, text):
         load_pipeline(write(text))
 
 
+def test_a_file_that_is_not_utf8_is_one_clear_error(tmp_path):
+    (tmp_path / "p.yaml").write_bytes(b"name: caf\xe9\n")
+    with pytest.raises(ConfigError, match=r"Not UTF-8: .*p\.yaml \(.* at byte 9\)"):
+        load_pipeline(tmp_path / "p.yaml")
+
+
+@pytest.mark.parametrize("value", ["[]", "0", "''", "false", "[a]", "text"])
+@pytest.mark.parametrize(
+    "place", ["stages: {{download: {}}}", "stages: {{download: {{}}}}\nshards: {}"]
+)
+def test_a_section_that_is_no_mapping_is_an_error(write, place, value):
+    where = "shards" if "shards" in place else r"stages\.download"
+    with pytest.raises(ConfigError, match=f"1 problem .*\n  {where}: expected a mapping"):
+        load_pipeline(write("name: x\n" + place.format(value)))
+    load_pipeline(write("name: x\n" + place.format("")))
+
+
+def test_a_key_that_is_no_text_is_an_error(write):
+    with pytest.raises(ConfigError, match="Not valid YAML"):
+        load_pipeline(write("? [a]\n: b\n"))
+
+
+def test_known_keys_are_named_in_the_order_of_a_file(write):
+    with pytest.raises(ConfigError) as error:
+        load_pipeline(write("name: x\nqqq: 1\nstages: {download: {}}"))
+    known = "name, description, sources, shards, runtime, stages"
+    assert f"qqq: unknown key; known: {known}" in error.value.message
+
+
+def test_exclusion_lists_are_found_here_and_beside_the_pipeline(write, tmp_path, monkeypatch):
+    (tmp_path / "x.txt").touch()
+    text = "name: x\nstages: {download: {}}\nsources: {exclude: [x.txt, 's3://b/y.csv']}"
+    found = (str(tmp_path / "x.txt"), "s3://b/y.csv")
+    pipeline = load_pipeline(write(text))
+    assert pipeline.sources.exclude == found
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "here" / "x.txt").touch()
+    assert load_pipeline(tmp_path / "p.yaml").sources.exclude[0] == str(tmp_path / "here" / "x.txt")
+    with pytest.raises(ConfigError) as error:
+        load_pipeline(tmp_path / "p.yaml", ["sources.exclude=[gone.txt, a.mp4]"])
+    assert "no such file: gone.txt" in error.value.message
+    assert "a.mp4 is no list (.csv, .jsonl, .parquet, .tsv, .txt)" in error.value.message
+
+
+def test_where_sources_come_from_does_not_change_the_fingerprint(write):
+    path = write("name: x\nstages: {download: {}}\n")
+    columns = "sources.columns={source: where, start: t0, end: t1}"
+    assert load_pipeline(path, [columns]).fingerprint == load_pipeline(path).fingerprint
+    with pytest.raises(ConfigError, match=r"sources\.columns\.where"):
+        load_pipeline(path, ["sources.columns={where: source}"])
+
+
+@pytest.mark.parametrize("path", sorted(PIPELINES.glob("*.yaml")), ids=lambda p: p.stem)
+def test_a_resolved_pipeline_is_a_pipeline_and_the_same(path, write):
+    pipeline = load_pipeline(path)
+    again = load_pipeline(write(pipeline.resolved()))
+    assert again.resolved() == pipeline.resolved()
+    assert again.fingerprint == pipeline.fingerprint
+
+
 def test_set_changes_a_setting_and_the_fingerprint(write):
     path = write("name: x\nstages:\n  download:\n    retries: 1\n  segment: {}\n")
     plain = load_pipeline(path)

@@ -3,6 +3,7 @@ import itertools
 import os
 import random
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -120,6 +121,23 @@ def test_files_with_the_same_bytes_end_as_duplicates_of_the_first(videos, planne
         "empty1.mp4": None, "empty2.mp4": None, "other.mp4": None,
     }  # fmt: skip
     assert details(rows) == [f"same bytes as {videos / 'again.mp4'}"]
+
+
+def test_objects_with_the_same_bytes_as_others_are_duplicates(videos, planned):
+    fs = fsspec.filesystem("memory")
+    for name, data in {"1.mp4": b"bb", "2.mp4": b"zz", "3.mp4": b"four", "4.mp4": b"four"}.items():
+        fs.pipe(f"/plan/{name}", data)
+    try:
+        _, rows = planned(videos, "memory://plan")
+        old = ledger_row("x", [], source="memory://plan/3.mp4", source_version="4-older")
+        _, changed = planned("memory://plan/3.mp4", ledger=[old | {"status": "kept"}])
+    finally:
+        fs.rm("/plan", recursive=True)
+    assert refusals(rows) == {
+        "a.MKV": None, "b.mp4": None, "c.webm": None,
+        "1.mp4": "duplicate", "2.mp4": None, "3.mp4": None, "4.mp4": "duplicate",
+    }  # fmt: skip
+    assert changed == []
 
 
 def test_a_refused_file_does_not_stand_for_its_copies(videos, planned):
