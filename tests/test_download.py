@@ -4,20 +4,23 @@
 import io
 import os
 import pickle
+import subprocess
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import fsspec
+import imageio_ffmpeg
 import pytest
 from pydantic import SecretStr, ValidationError
 
-from dataengine import records
+from dataengine import media, records
 from dataengine.errors import DependencyError
 from dataengine.fetch.cache import Cache, CacheUser, forget
+from dataengine.fetch.content import is_text
 from dataengine.fetch.faults import CLASSES, FetchError, classify_message, one_line
-from dataengine.fetch.fetcher import Job, fetch, inspect_source, is_text, recipe_of, suffix_of
+from dataengine.fetch.fetcher import Job, fetch, inspect_source, recipe_of, suffix_of
 from dataengine.fetch.http import fetch_file
 from dataengine.fetch.pages import classify, refuse
 from dataengine.fetch.process import FetchProcess
@@ -168,6 +171,53 @@ def test_a_video_without_its_subtitles_is_still_a_video(server, tmp_path, monkey
     assert (entry.path.read_bytes(), entry.subtitles) == (server.video, None)
 
 
+@pytest.fixture(scope="module")
+def stream(tmp_path_factory):
+    """A stream whose picture and sound come apart, in two sizes: name -> bytes and content type."""
+    folder = tmp_path_factory.mktemp("stream")
+    source = make_video(folder / "a.mp4", shot_frames=(5,) * 20, size=(64, 64), audio="aac")
+    ffmpeg = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", str(source), "-c", "copy"]
+    for name, kind in (("picture", "v"), ("sound", "a")):
+        hls = ["-map", f"0:{kind}", "-f", "hls", "-hls_playlist_type", "vod", f"{name}.m3u8"]
+        subprocess.run([*ffmpeg, *hls], cwd=folder, check=True, stdin=subprocess.DEVNULL)
+    picture = 'AUDIO="s",CODECS="avc1.64000a,mp4a.40.2"'
+    master = (
+        '#EXTM3U\n#EXT-X-MEDIA:TYPE=AUDIO,GROUP-ID="s",NAME="en",DEFAULT=YES,URI="sound.m3u8"\n'
+        f"#EXT-X-STREAM-INF:BANDWIDTH=9000,RESOLUTION=64x64,{picture}\npicture.m3u8\n"
+        f"#EXT-X-STREAM-INF:BANDWIDTH=900000,RESOLUTION=3840x2160,{picture}\nnever.m3u8\n"
+    )
+    kinds = {".m3u8": "application/vnd.apple.mpegurl", ".ts": "video/mp2t"}
+    files = {
+        path.name: (path.read_bytes(), kinds[path.suffix])
+        for path in folder.iterdir()
+        if path.suffix in kinds
+    }
+    return files | {"master.m3u8": (master.encode(), kinds[".m3u8"])}
+
+
+def test_picture_and_sound_that_come_apart_are_put_together(server, stream, tmp_path):
+    server.files = stream
+    entry = fetch(job(server.url("static/master.m3u8"), tmp_path, timeout_s=5))
+    with media.VideoReader(str(entry.path)) as reader:
+        assert (reader.info.width, reader.info.audio_codec) == (64, "aac")
+        assert len(list(reader)) == 100
+    assert not any("never" in path for path in server.paths()), "more than 720 lines were taken"
+    assert [path.name for path in entry.path.parent.iterdir() if "video" in path.name] == [
+        entry.path.name
+    ]
+
+
+def test_a_playlist_inside_a_stream_is_not_followed(server, stream, tmp_path):
+    """ffmpeg, which mends streams, would read what a playlist in place of a segment names."""
+    trap = f"#EXTM3U\n#EXTINF:1,\n{server.url('ok/trap.mp4')}\n#EXT-X-ENDLIST\n".encode()
+    server.files = {
+        name: (trap if name.endswith(".ts") else body, kind)
+        for name, (body, kind) in stream.items()
+    }
+    assert fault_of(server.url("static/picture.m3u8"), tmp_path) == "not_a_video"
+    assert not any("trap" in path for path in server.paths())
+
+
 # ------------------------------------------------------------------------------------- cache
 
 
@@ -290,6 +340,8 @@ def test_a_text_is_never_taken_for_a_video(video):
     assert is_text(b"#EXTM3U\nfile:///etc/passwd")
     assert is_text("ffconcat version 1.0\nfile 'ä'".encode()[:-2])
     assert is_text(b"\xef\xbb\xbf<html>")
+    assert is_text(b"#EXTM3U\n\x00\xff\xff")
+    assert not is_text(b"RIFF    AVI LIST")
     assert not is_text(video[:512])
     assert not is_text(b"\x00\x00\x00\x18ftyp")
     assert not is_text(b"\x1aE\xdf\xa3")

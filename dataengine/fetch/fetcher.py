@@ -10,14 +10,13 @@ from urllib.parse import unquote, urlsplit
 
 from dataengine import records
 from dataengine.fetch.cache import Cache, Entry
+from dataengine.fetch.content import refuse_text
 from dataengine.fetch.faults import FetchError, classify_os_error
 from dataengine.fetch.http import fetch_file
 from dataengine.fetch.objects import SCHEMES, fetch_object
 from dataengine.fetch.session import Visit
 from dataengine.fetch.settings import NEUTRAL, FetchSettings
 from dataengine.stage import Settings
-
-_TEXT_BYTES = 512
 
 
 class Job(Settings):
@@ -131,30 +130,13 @@ def _fetch_into(
 
 
 def _check_file(path: Path, settings: FetchSettings) -> None:
-    """Refuses what is no video for certain; whether the rest is one, decoding will say.
-
-    A text must not reach a decoder: a playlist or a script of ffmpeg names further files and URLs,
-    which would be opened.
-    """
+    """Refuses what is no video for certain; whether the rest is one, decoding will say."""
     size = path.stat().st_size
     if not size:
         raise FetchError("empty_file", "no bytes")
     if size > settings.max_bytes:
         raise FetchError("too_large", f"{size >> 20} MiB")
-    with open(path, "rb") as file:
-        if is_text(file.read(_TEXT_BYTES)):
-            raise FetchError("not_a_video", "a text, not a video")
-
-
-def is_text(begin: bytes) -> bool:
-    """Returns whether a file that begins like this is a text."""
-    try:
-        text = begin.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        if error.start < len(begin) - 3:  # not merely a character that is cut in two
-            return False
-        text = begin[: error.start].decode("utf-8-sig")
-    return all(character.isprintable() or character in "\t\n\r\f" for character in text)
+    refuse_text(path)
 
 
 def _clear(folder: Path, keep_parts: bool) -> None:

@@ -31,6 +31,7 @@ from yt_dlp.utils import (
     YoutubeDLError,
 )
 
+from dataengine.fetch.content import refuse_text
 from dataengine.fetch.faults import FetchError, classify_message, classify_os_error, classify_status
 from dataengine.fetch.session import MAX_REDIRECTS, PoliteAdapter, Visit
 from dataengine.fetch.settings import FetchSettings
@@ -263,6 +264,8 @@ def _downloader(folder: Path, visit: Visit) -> Any:
         total = status.get("total_bytes") or 0
         if total > settings.max_bytes:
             raise FetchError("too_large", f"{total >> 20} MiB")
+        if status["status"] == "finished":
+            refuse_text(Path(status["filename"]))  # before ffmpeg opens it
 
     cookies = None
     if settings.cookies_file:
