@@ -113,11 +113,13 @@ def choose(folder: Path, minutes: float) -> tuple[list[Path], float]:
 
 def work(files: Sequence[str]) -> None:
     """What the process of ``ours`` does: every file through both stages; prints what came out."""
+    from dataengine.models.shots import ContentSettings, build_shot_detector
     from dataengine.stage import Kept
     from dataengine.stages.clip import ClipConfig, ClipStage
     from dataengine.stages.segment import SegmentConfig, SegmentStage
 
     segment, clip = SegmentStage(SegmentConfig(num_frames=16)), ClipStage(ClipConfig())
+    build_shot_detector(ContentSettings(), 25)  # what it imports belongs to starting up
     segment.setup()
     clip.setup()
     clips = encoded = frames = 0
@@ -253,13 +255,12 @@ def main() -> None:
                     lambda: len(files) * cpu_seconds([scenedetect, "version"]),
                 )
             case "video2dataset":
-                program = arguments.video2dataset
-                if not program:
+                if not arguments.video2dataset:
                     parser.error("--video2dataset PROGRAM is needed")
                 tools[name] = (
                     arguments.rival_repeats,
-                    lambda: run_video2dataset(program, ffmpeg, files),
-                    lambda: run_video2dataset(program, ffmpeg, []),
+                    lambda: run_video2dataset(arguments.video2dataset, ffmpeg, files),
+                    lambda: run_video2dataset(arguments.video2dataset, ffmpeg, []),
                 )
             case _:
                 parser.error(f"no rival is called {name}")

@@ -270,11 +270,11 @@ def _copy_packets(
     zero_us = info.container_start_us
     video = source.streams[info.video_stream]
     audio = source.streams[info.audio_stream] if sound == "copy" else None
-    copies = {video.index: target.add_stream_from_template(video)}
+    copies = {video.index: target.add_stream_from_template(video, opaque=True)}
     if info.video_codec == "hevc":
         copies[video.index].codec_context.codec_tag = "hvc1"  # what Apple's players look for
     if audio is not None:
-        copies[audio.index] = target.add_stream_from_template(audio)
+        copies[audio.index] = target.add_stream_from_template(audio, opaque=True)
     # The muxer's edit list hides what comes before 0; see _early_us.
     shift_us = zero_us + first_us - _early_us(frame_us)
     clocks = {}  # whole numbers, and made once: there are thousands of packets

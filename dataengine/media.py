@@ -115,8 +115,9 @@ class VideoReader:
     """One decoding pass over a file's video stream, in presentation order.
 
     Iterating yields every frame once. Damaged packets are skipped and counted in ``num_errors``,
-    and a file that breaks off ends early (``truncated``): what decodes is kept. ``info`` is known
-    from the start, since opening decodes the first frame.
+    and a file that breaks off ends early (``truncated``): what decodes is kept. Pictures whose size
+    changes in mid-stream are scaled to the first one's, as players do. ``info`` is known from the
+    start, since opening decodes the first frame. ``hwaccel`` says which device decodes, if one does.
 
     Args:
         source: A local file, or the bytes of one.
@@ -160,6 +161,7 @@ class VideoReader:
         self.num_errors = 0
         self.truncated = False
         self.hwaccel = device
+        self._size: tuple[int, int] | None = None
         self._error = ""
         self._container = open_container(source, device=device)
         try:
@@ -174,6 +176,7 @@ class VideoReader:
             self._first = next(self._frames, None)
             if self._first is None:
                 raise MediaError("undecodable", self._error or "no frame decodes")
+            self._size = self._first.picture.width, self._first.picture.height
             self.info = _describe(
                 self._container, self._stream, self._first.picture, self._file_bytes
             )
@@ -206,6 +209,7 @@ class VideoReader:
         # AVI stores the order of decoding only; what libav calls pts there is out of order.
         trust_pts = self._container.format.name != "avi"
         last_us = None
+        size: tuple[int, int] | None = None
         for picture in self._pictures():
             stamp = picture.pts if trust_pts and picture.pts is not None else picture.dts
             if stamp is not None:
@@ -215,6 +219,9 @@ class VideoReader:
             if last_us is not None and time_us <= last_us:
                 continue  # a broken clock: no player would show this frame either
             last_us = time_us
+            size = size or self._size or (picture.width, picture.height)
+            if (picture.width, picture.height) != size:
+                picture = picture.reformat(*size, interpolation="AREA", threads=1)
             duration_us = _rescale_us(picture.duration, base)
             yield Frame(time_us, duration_us or default_us, picture)
 

@@ -2,7 +2,7 @@
 """Clip -> its own MP4: the source's bits where possible, exact to the frame at both ends.
 
 See `dataengine.cut` for the method. How each clip was made, and why it had to be encoded if it was,
-stands in its provenance.
+stands in its provenance; so does why its sound was encoded or left out.
 """
 
 import os
@@ -65,12 +65,15 @@ class ClipStage(Stage):
 def _row(clip_id: str, clip: Cut) -> Row:
     """Returns the columns of a finished clip."""
     how = "copy" if clip.mode == "copy" else "libx264 crf 20"
+    origins = [provenance("video", f"ffmpeg/{how}", clip.why)]
+    if clip.sound_why:  # it was not copied
+        origins.append(provenance("has_audio", f"ffmpeg/{clip.sound}", clip.sound_why))
     return {
         "video": {"bytes": clip.data, "path": f"{clip_id}.mp4"},
         "width": clip.width,
         "height": clip.height,
         "has_audio": clip.has_audio,
-        "provenance": [provenance("video", f"ffmpeg/{how}", clip.why)],
+        "provenance": origins,
     }
 
 
