@@ -69,7 +69,9 @@ def ingest(
     with tempfile.TemporaryDirectory(prefix="dataengine-") as temporary:
         folder = Path(temporary)
         # Before there is a corpus: a mistyped word must not leave an empty one behind.
-        if not write_listed(words, pipeline.sources, folder, limit):
+        with console.status("Listing the sources"):
+            num_rows = write_listed(words, pipeline.sources, folder, limit)
+        if not num_rows:
             raise ConfigError(f"No videos in: {' '.join(map(printable, words))}")
         corpus = Corpus.create(corpus_url)
         with corpus.locked():
@@ -214,10 +216,15 @@ def local_ledger(corpus: Corpus, folder: Path) -> list[str]:
 
 def _say_plan(plan: Plan, console: Console) -> None:
     done = plan.num_listed - plan.num_todo
+    parts = []
+    if plan.num_refused:
+        parts.append(f"{plan.num_refused} to refuse")
+    if plan.num_again:
+        parts.append(f"{plan.num_again} failed before")
     console.print(
         f"{plan.num_listed} source{'s' * (plan.num_listed != 1)}: {plan.num_todo} to do"
-        + (f" ({plan.num_again} of them failed before)" if plan.num_again else "")
-        + (f", {done} done before" if done else ""),
+        + (f" ({', '.join(parts)})" if parts else "")
+        + (f", {done} ended before" if done else ""),
         highlight=False,
     )
     if plan.num_changed:

@@ -69,7 +69,8 @@ class Plan:
         num_changed: Files whose clips are in the corpus but that have changed since; left alone.
         num_other_settings: Sources whose clips were made by a pipeline with other settings.
         num_kept_excluded: Sources with clips in the corpus that are on an exclusion list now.
-        num_again: Rows of the todo list that failed before.
+        num_refused: Rows of the todo list that will end at once, each with its reason.
+        num_again: The others that failed before.
         num_bad_spans: Given spans that cannot be, left out.
         todo: Path of the Parquet file with what is to do, in the order of the words.
         listed: Path of the Parquet file with the column ``source`` of all sources.
@@ -80,6 +81,7 @@ class Plan:
     num_changed: int
     num_other_settings: int
     num_kept_excluded: int
+    num_refused: int
     num_again: int
     num_bad_spans: int
     todo: Path
@@ -211,6 +213,7 @@ def make_plan(
             "delete from todo using refusals where todo.source = refusals.source "
             "and refusals.reason = reason_before and not is_changed"
         )
+        db.execute("delete from refusals where source not in (select source from todo)")
         counts = _row(
             db,
             f"select count(*) filter {changed}, count(*) filter (fingerprint <> ?), "
@@ -469,11 +472,14 @@ def _write_plan(db: duckdb.DuckDBPyConnection, folder: Path, counts: Sequence[in
             num_todo += batch.num_rows
     num_again, num_bad = _row(
         db,
-        "select count(*) filter (is_again), coalesce(sum(num_bad), 0) from todo "
-        "where source not in (select source from refusals where reason <> ?)",
+        "select count(*) filter (is_again and reason is null), "
+        "coalesce(sum(num_bad) filter (reason is null or reason = ?), 0) "
+        "from (select source, is_again, num_bad from todo) left join refusals using (source)",
         [BAD_SPANS],
     )
-    (num_listed,) = _row(db, "select count(*) from listed")
+    num_listed, num_refused = _row(
+        db, "select (select count(*) from listed), (select count(*) from refusals)"
+    )
     changed, other_settings, kept_excluded = counts
     return Plan(
         num_listed=num_listed,
@@ -481,6 +487,7 @@ def _write_plan(db: duckdb.DuckDBPyConnection, folder: Path, counts: Sequence[in
         num_changed=changed,
         num_other_settings=other_settings,
         num_kept_excluded=kept_excluded,
+        num_refused=num_refused,
         num_again=num_again,
         num_bad_spans=num_bad,
         todo=todo,

@@ -50,6 +50,7 @@ _YOUTUBE_ID = re.compile(r"[0-9A-Za-z_-]{11}")
 _SEARCH = re.compile(r"ytsearch(date)?([1-9][0-9]*|all)?:.+", re.DOTALL)
 _YOUTUBE_HOSTS = {"youtube.com", "www.youtube.com", "m.youtube.com", "music.youtube.com"}
 _MOST_NESTED = 20
+_SILENT = logging.Logger("playlists", logging.CRITICAL)  # what goes wrong is raised as well
 
 
 class Listed(NamedTuple):
@@ -354,7 +355,9 @@ class _Expander:
             "no_warnings": True,
             "noprogress": True,
             "color": "never",
-            "logger": logging.getLogger(__name__),
+            # Half a playlist is no playlist.
+            "extractor_args": {"youtube": {"raise_incomplete_data": ["true"]}},
+            "logger": _SILENT,
         }
         try:
             with yt_dlp.YoutubeDL(options) as client:

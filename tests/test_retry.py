@@ -190,7 +190,7 @@ def test_the_command_line_says_what_failed_and_what_to_type(works, sources, tmp_
     assert "3 sources: 3 to do" in said
     assert "2 sources failed for reasons that may pass: " in said
     assert f"dataengine retry {corpus}" in said
-    assert "2 to do (2 of them failed before), 1 done before" in cli(
+    assert "2 to do (2 failed before), 1 ended before" in cli(
         "ingest", QUICKSTART, "-s", sources, "-c", corpus
     )
     with pytest.raises(ConfigError, match="No source ended as timeouts") as error:
@@ -209,6 +209,7 @@ def test_bad_spans_are_said_in_one_line(works, tmp_path):
     (tmp_path / "l.csv").write_text("url,start,end\n" + "http://h.example/a.mp4,2,1\n" * 3)
     said = cli("ingest", QUICKSTART, "-s", tmp_path / "l.csv", "-c", tmp_path / "c")
     assert said.count("warning:") == 1
+    assert "1 source: 1 to do (1 to refuse)" in said
     assert "warning: 3 given spans have no time, or end before they start" in said
     assert statuses(tmp_path / "c") == {"a.mp4": ("dropped", "bad_spans", 1)}
 
