@@ -140,7 +140,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def static(self):
         """A file of the test's own."""
-        self.answer(200, *self.faults.files[self.name])
+        if self.name in self.faults.files:
+            return self.answer(200, *self.faults.files[self.name])
+        return self.fail(404)
 
     def weak(self):
         """A file that cannot be resumed: neither ranges nor a tag."""
@@ -199,11 +201,11 @@ class _Handler(BaseHTTPRequestHandler):
         return self.half(ranges=True) if self.turn == 1 else self.ok()
 
     def changed(self):
-        """Half the body, and another version of the file afterwards."""
+        """Half of an old version of the file, and the file afterwards."""
         if self.turn > 1:
             self.faults.etag = '"2"'
             return self.ok()
-        return self.half(ranges=True)
+        return self.half(ranges=True, video=self.faults.video[::-1])
 
     def gone(self):
         self.fail(410)
@@ -320,8 +322,8 @@ class _Handler(BaseHTTPRequestHandler):
         tags["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
         return self.answer(206, body[start:], "video/mp4", tags)
 
-    def half(self, ranges):
-        video = self.faults.video
+    def half(self, ranges, video=None):
+        video = video or self.faults.video
         tags = {"Accept-Ranges": "bytes", "ETag": self.faults.etag} if ranges else {}
         self.head(200, "video/mp4", len(video), tags)
         self.wfile.write(video[: len(video) // 2])

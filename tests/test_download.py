@@ -5,6 +5,7 @@ import io
 import os
 import pickle
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import fsspec
 import imageio_ffmpeg
+import psutil
 import pytest
 from pydantic import SecretStr, ValidationError
 
@@ -205,6 +207,19 @@ def test_picture_and_sound_that_come_apart_are_put_together(server, stream, tmp_
     assert [path.name for path in entry.path.parent.iterdir() if "video" in path.name] == [
         entry.path.name
     ]
+
+
+def test_a_stream_with_a_hole_is_not_the_stream(server, stream, tmp_path):
+    server.files = {name: file for name, file in stream.items() if name != "picture1.ts"}
+    assert fault_of(server.url("static/master.m3u8"), tmp_path) == "http_4xx"
+
+
+def test_a_video_has_one_request_at_work_at_a_time(server, tmp_path):
+    """yt-dlp looks into a file to see what it is, and asks for it once more to fetch it."""
+    server.slow_s = 0.5
+    fetch(job(server.url("slow/a"), tmp_path))
+    assert len(server.hits) == 2
+    assert server.most_at_work() == {"127.0.0.1": 1}
 
 
 def test_a_playlist_inside_a_stream_is_not_followed(server, stream, tmp_path):
@@ -620,6 +635,21 @@ def test_a_fetch_that_hangs_or_dies_takes_nobody_along(server, tmp_path, process
     child.kill()
     child.wait()
     assert process.fetch(job(server.url("ok/b.mp4"), tmp_path)).path.exists()
+
+
+def test_the_process_does_not_outlive_who_asked_it(server, tmp_path):
+    request = job(server.url("stall/a.mp4"), tmp_path, timeout_s=60)
+    code = (
+        "import sys; from dataengine.fetch import process; from dataengine.fetch.fetcher import Job\n"
+        "process.FetchProcess().fetch(Job.model_validate_json(sys.argv[1]))"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code, request.model_dump_json()])
+    while not server.hits:
+        time.sleep(0.01)
+    (child,) = psutil.Process(parent.pid).children()
+    parent.kill()
+    parent.wait()
+    child.wait(timeout=10)
 
 
 def test_the_process_says_what_is_missing_or_wrong(server, tmp_path, process):

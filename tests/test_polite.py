@@ -71,6 +71,16 @@ def test_processes_share_the_pauses_of_each_host(server, tmp_path):
     assert server.least_pause_s(11)["127.0.0.1"] > 0.095
 
 
+def test_a_pause_is_kept_however_many_wait_for_it():
+    everybody = [HostLimits(8, (0.05, 0.06)) for _ in range(8)]
+    begin = time.monotonic()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda limits: limits.take_turn("a", soon(20)), everybody))
+    assert time.monotonic() - begin > 7 * 0.05
+    for limits in everybody:
+        limits.leave()
+
+
 def test_the_place_of_a_killed_process_is_free_again(server, tmp_path):
     process = FetchProcess()
     settings = FetchSettings(cache_dir=str(tmp_path), allow_private=True, per_host_concurrency=1)
