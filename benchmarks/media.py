@@ -26,8 +26,8 @@ tools see the same list.
 
 A figure is user plus system time of a process and everything it started, from ``wait4``. Starting up is
 taken off: for ours a run over no file, for the rivals a run that only prints the version, times the
-number of processes; video2dataset starts its workers even for nothing, so a list of no video is
-measured. ``raw`` gives the sums before that. Tools take turns, ``--repeats`` times; medians are compared.
+number of processes; video2dataset starts its workers even for nothing, so a list of one missing video
+is measured. ``raw`` gives the sums before that. Tools take turns, ``--repeats`` times; medians are compared.
 """
 
 import argparse
@@ -49,7 +49,8 @@ from dataengine.errors import MediaError
 V2D_CONFIG = """
 subsampling:
     CutDetectionSubsampler:
-        args: {cut_detection_mode: all, framerates: null, threshold: 27, cuts_are_clips: true}
+        cuts_are_clips: true
+        args: {cut_detection_mode: all, framerates: null, threshold: 27}
     ClippingSubsampler:
         args: {min_length: 1.0, max_length: 30.0, max_length_strategy: all, precision: exact}
 reading:
@@ -176,7 +177,7 @@ def run_video2dataset(program: str, ffmpeg: str, files: Sequence[Path]) -> float
         }
         listed = Path(folder) / "list.csv"
         # It wants names that end in .mp4, whatever is inside.
-        lines = ["url,caption"]
+        lines = ["url,caption", f"{folder}/missing.mp4,x"]
         for index, file in enumerate(files):
             link = Path(folder) / f"{index}.mp4"
             os.symlink(file.absolute(), link)

@@ -77,6 +77,9 @@ def make_video(
     cover: bool = False,
     metadata: dict[str, str] | None = None,
     index_first: bool = False,
+    transfer: int = 0,
+    wide_gamut: bool = False,
+    aspect: Fraction | None = None,
 ) -> Path:
     """Writes a video; the suffix decides the container.
 
@@ -98,6 +101,9 @@ def make_video(
         cover: Adds a cover picture, before the video.
         metadata: Container tags.
         index_first: Writes an MP4's index before its media, so that a broken off file opens.
+        transfer: libav's number of the transfer curve that the codes are said to have: 16 is PQ, 18 HLG.
+        wide_gamut: Says that the colours are BT.2020's. (What is drawn stays the same.)
+        aspect: Shape of a pixel.
     """
     numbers = range(sum(shot_frames))
     times = [start_s + (times_s[n] if times_s else n / fps) for n in numbers]
@@ -117,6 +123,13 @@ def make_video(
         if path.suffix == ".avi":
             stream.codec_context.time_base = 1 / Fraction(fps)
         stream.codec_context.thread_count = 1
+        context = stream.codec_context
+        if transfer:
+            context.color_trc = transfer
+        if wide_gamut:
+            context.color_primaries = context.colorspace = 9
+        if aspect:
+            context.sample_aspect_ratio = aspect
         if rotation:
             stream.set_display_rotation(rotation)
         other: Any = None
@@ -125,13 +138,20 @@ def make_video(
             other.width, other.height, other.pix_fmt = size[0] * 2, size[1] * 2, "yuv420p"
         sound: Any = None
         if audio:
-            sound = container.add_stream(audio, rate=AUDIO_RATE, layout="mono")
+            sound = container.add_stream(
+                audio, rate=AUDIO_RATE, layout="stereo" if audio == "vorbis" else "mono"
+            )
+            sound.codec_context.options = {"strict": "experimental"}
         if art is not None:
             container.mux(art)
         for number, (time_s, shot) in enumerate(zip(times, shots, strict=True)):
             picture = draw(number, COLOURS[shot % len(COLOURS)], size)
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format=pix_fmt)
             frame.time_base = stream.codec_context.time_base
+            if transfer:
+                frame.color_trc = transfer
+            if wide_gamut:
+                frame.color_primaries = frame.colorspace = 9
             frame.pts = round(time_s / frame.time_base)
             container.mux(stream.encode(frame))
             if other is not None:
@@ -189,7 +209,8 @@ def _encode_sound(
     for click_s in clicks_s:
         on = (time_s >= click_s) & (time_s < click_s + CLICK_S)
         wave[on] = 0.8 * np.sin(2 * np.pi * 1000 * time_s[on])
-    resampler = av.AudioResampler(stream.codec_context.format.name, "mono", AUDIO_RATE)
+    context = stream.codec_context
+    resampler = av.AudioResampler(context.format.name, context.layout.name, AUDIO_RATE)
     for at in range(0, len(wave), 1024):
         piece = av.AudioFrame.from_ndarray(wave[None, at : at + 1024], format="flt", layout="mono")
         piece.sample_rate, piece.pts = AUDIO_RATE, round(start_s * AUDIO_RATE) + at
@@ -209,3 +230,18 @@ def decode_all(source: str | bytes) -> list[tuple[Fraction, np.ndarray]]:
         frames: Any = container.decode(stream)
         base = Fraction(stream.time_base.numerator, stream.time_base.denominator)
         return [(frame.pts * base - zero, frame.to_ndarray()) for frame in frames]
+
+
+def join_streams(first: Path, second: Path, target: Path) -> Path:
+    """Writes two MPEG transport streams behind each other; the second must start later."""
+    target.write_bytes(first.read_bytes() + second.read_bytes())
+    return target
+
+
+def break_sound(path: Path) -> Path:
+    """Destroys the set-up of a Matroska file's Vorbis track: its sound cannot be decoded any more."""
+    data = bytearray(path.read_bytes())
+    start = data.index(b"\x01vorbis")
+    data[start : start + 20] = bytes(20)
+    path.write_bytes(data)
+    return path

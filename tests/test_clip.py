@@ -17,6 +17,7 @@ from dataengine.stages.clip import ClipConfig, ClipStage
 from tests.media_factory import (
     INTRA_REFRESH,
     OPEN_GOP,
+    break_sound,
     decode_all,
     frame_number,
     make_video,
@@ -25,6 +26,8 @@ from tests.test_media import clicks
 
 VFR = [n / 25 + (n % 3) * 0.009 + (0.5 if n > 70 else 0) for n in range(150)]
 HEVC = {"x265-params": "keyint=12:open-gop=1:log-level=none"}
+FAST_VP9 = {"deadline": "realtime", "cpu-used": "8", "g": "12"}
+FAST_AV1 = {"preset": "12", "svtav1-params": "keyint=24:pred-struct=1"}
 SPANS = [(0, 50), (50, 90), (90, 150), (13, 14), (24, 36), (0, 150)]
 """From the start, inside, to the end, one frame, from key frame to key frame, everything."""
 
@@ -65,6 +68,13 @@ def assert_times(clip: Cut, wanted_us: list[int]) -> None:
         ("two.mp4", {"second_video": True}),
         ("ntsc.mp4", {"fps": 30000 / 1001}),
         ("ten_bits.mp4", {"pix_fmt": "yuv420p10le"}),
+        ("pq.mp4", {"pix_fmt": "yuv420p10le", "transfer": 16, "wide_gamut": True}),
+        ("odd.mp4", {"pix_fmt": "yuv444p", "size": (191, 127)}),
+        ("oblong.mp4", {"aspect": Fraction(4, 3)}),
+        ("vp9.webm", {"codec": "libvpx-vp9", "options": FAST_VP9, "audio": "libopus"}),
+        ("av1.mp4", {"codec": "libsvtav1", "options": FAST_AV1, "audio": "aac"}),
+        ("stream.ts", {"start_s": 5.0, "audio": "aac"}),
+        ("cover.mp4", {"cover": True, "audio": "aac"}),
     ],
 )
 def test_copied_clips_show_the_sources_own_frames(name, arguments, tmp_path):
@@ -98,6 +108,30 @@ def test_what_cannot_be_copied_is_encoded_to_the_frame(name, arguments, why, tmp
         assert frame_numbers(clip) == list(range(first, after))
         assert_times(clip, times[first:after])
         assert media.probe(clip.data).video_codec == "h264"
+
+
+def test_frames_before_time_zero_are_not_in_the_clips(tmp_path):
+    path = make_video(tmp_path / "early.mp4", start_s=-0.5, audio="aac")
+    info, times, pictures = source(path)
+    assert len(pictures) < 150  # the container hides the first half second
+    for first, after in [(0, 40), (40, 100)]:
+        clip = cut(str(path), info, times[first : after + 1])
+        assert clip.mode == "copy"
+        shown = [picture for _, picture in decode_all(clip.data)]
+        assert np.array_equal(np.stack(shown), np.stack(pictures[first:after]))
+
+
+def test_odd_sizes_can_be_copied(tmp_path):
+    path = make_video(tmp_path / "odd.webm", codec="libvpx-vp9", options=FAST_VP9, size=(191, 127))
+    with media.VideoReader(str(path)) as reader:
+        frames = list(reader)
+        clip = cut(str(path), reader.info, [frame.time_us for frame in frames[50:91]])
+    with media.VideoReader(clip.data) as reader:
+        shown = list(reader)
+    assert (clip.mode, clip.width, clip.height, len(shown)) == ("copy", 191, 127, 40)
+    for ours, theirs in zip(shown, frames[50:90], strict=True):
+        assert media.same_picture(ours.picture, theirs.picture)
+    assert not media.same_picture(shown[0].picture, shown[-1].picture)
 
 
 def test_encoded_clips_are_shrunk_to_even_sizes(tmp_path):
@@ -179,6 +213,92 @@ def test_a_clip_before_the_sound_begins_has_none(tmp_path):
     assert clicks(media.read_audio(late.data)[: 16 * 1590], 16_000) == []
 
 
+@pytest.mark.parametrize(
+    ("name", "codec", "sound"),
+    [
+        ("a.mp4", "aac", "copy"),
+        ("a.mp4", "ac3", "copy"),
+        ("a.mkv", "flac", "aac"),
+        ("a.mkv", "vorbis", "aac"),
+        ("a.mkv", "alac", "aac"),
+        ("a.mov", "pcm_s16le", "aac"),
+        ("a.ts", "mp2", "aac"),
+    ],
+)
+def test_sound_that_mp4_does_not_carry_becomes_aac(name, codec, sound, tmp_path):
+    path = make_video(tmp_path / name, audio=codec)
+    info, times, _ = source(path)
+    clip = cut(str(path), info, times[0:101])
+    assert (clip.mode, clip.has_audio, clip.sound) == ("copy", True, sound)
+    assert clip.sound_why == (f"{info.audio_codec} does not fit into MP4" if sound == "aac" else "")
+    assert media.probe(clip.data).audio_codec == ("aac" if sound == "aac" else info.audio_codec)
+    # 2.0 s after the first; where the first is, is another test's matter.
+    assert np.diff(clicks(media.read_audio(clip.data), 16_000))[0] == pytest.approx(2.0, abs=0.002)
+
+
+def test_broken_sound_does_not_cost_the_clip(tmp_path):
+    path = break_sound(make_video(tmp_path / "a.mkv", audio="vorbis"))
+    info, times, pictures = source(path)
+    assert info.audio_codec == "vorbis"
+    clip = cut(str(path), info, times[50:91])
+    assert (clip.mode, clip.has_audio, clip.sound) == ("copy", False, "none")
+    assert clip.sound_why
+    assert np.array_equal(decode_all(clip.data)[0][1], pictures[50])
+    (outcome,) = ClipStage(ClipConfig()).process([_row(path, times[50:91])])
+    assert isinstance(outcome, Kept)
+    origins = {p["column"]: p for p in outcome.rows[0]["provenance"]}
+    assert origins["has_audio"]["model"] == "ffmpeg/none"
+    assert origins["has_audio"]["revision"] == clip.sound_why
+
+
+def test_sound_that_cannot_be_copied_is_encoded(tmp_path, monkeypatch):
+    path = make_video(tmp_path / "a.mp4", audio="aac")
+    info, times, _ = source(path)
+
+    def refuse_copies(real):
+        def refuse(*arguments):
+            if arguments[-1] == "copy":
+                raise cut_module._ToolError("no sample rate")
+            return real(*arguments)
+
+        return refuse
+
+    for name in ("_remux", "_run_ffmpeg"):
+        monkeypatch.setattr(cut_module, name, refuse_copies(getattr(cut_module, name)))
+    clip = cut(str(path), info, times[40:121])
+    assert (clip.mode, clip.sound, clip.sound_why) == ("copy", "aac", "no sample rate")
+    assert clicks(media.read_audio(clip.data), 16_000) == pytest.approx([0.4, 2.0], abs=0.002)
+
+
+# ------------------------------------------------------------------------------------------ colours
+
+
+@pytest.mark.parametrize("transfer", [16, 18])
+def test_encoded_hdr_clips_look_like_their_sampled_frames(transfer, tmp_path):
+    path = make_video(
+        tmp_path / "a.mkv",
+        shot_frames=(10, 10, 10),
+        codec="ffv1",
+        pix_fmt="yuv420p10le",
+        transfer=transfer,
+        wide_gamut=True,
+    )
+    with media.VideoReader(str(path)) as reader:
+        info, frames = reader.info, list(reader)
+        sampled = [media.upright_rgb(frame.picture, info, 720) for frame in frames]
+    clip = cut(str(path), info, [f.time_us for f in frames[5:26]])
+    assert clip.mode == "encode"
+    with media.VideoReader(clip.data) as reader:
+        shown = list(reader)
+        assert (reader.info.transfer, reader.info.wide_gamut) == ("", False)
+        assert {f.picture.format.name for f in shown} == {"yuv420p"}
+        assert {f.picture.colorspace for f in shown} == {1}
+        ours = [media.upright_rgb(f.picture, reader.info, 720) for f in shown]
+    assert len(ours) == 20
+    for one, other in zip(ours, sampled[5:25], strict=True):
+        assert np.abs(one.astype(int) - other)[40:].mean() < 4
+
+
 # -------------------------------------------------------------------------------------------- file
 
 
@@ -189,7 +309,42 @@ def test_nothing_personal_is_copied_and_the_bytes_repeat(tmp_path):
     assert b"SECRET" in path.read_bytes()
     clip = cut(str(path), info, times[50:91])
     assert b"SECRET" not in clip.data
+    assert b"Lavf" not in clip.data  # nor which version wrote it
     assert clip.data == cut(str(path), info, times[50:91]).data
+
+
+def test_the_bytes_of_encoded_clips_repeat(tmp_path):
+    path = make_video(tmp_path / "a.webm", shot_frames=(40,), codec="libvpx", audio="vorbis")
+    info, times, _ = source(path)
+    clip = cut(str(path), info, times[10:31])
+    assert (clip.mode, clip.sound) == ("encode", "aac")
+    assert clip.data == cut(str(path), info, times[10:31]).data
+
+
+def test_encoded_clips_are_easy_to_seek_in(tmp_path):
+    path = make_video(tmp_path / "a.webm", codec="libvpx", size=(191, 127))
+    with media.VideoReader(str(path)) as reader:
+        info, times = reader.info, [frame.time_us for frame in reader]
+    clip = cut(str(path), info, times)
+    with av.open(io.BytesIO(clip.data)) as container:
+        packets = list(container.demux(container.streams.video[0]))
+        assert max(np.diff([i for i, p in enumerate(packets) if p.is_keyframe])) <= 48
+    with media.VideoReader(clip.data) as reader:
+        assert {frame.picture.format.name for frame in reader} == {"yuv420p"}
+        assert (reader.info.video_codec, reader.info.width, reader.info.height) == (
+            "h264",
+            190,
+            126,
+        )
+
+
+def test_ffmpeg_is_stopped_at_its_limits(tmp_path, monkeypatch):
+    path = make_video(tmp_path / "a.webm", codec="libvpx")
+    info, times, _ = source(path)
+    monkeypatch.setattr(cut_module, "CHILD_BYTES", 64 * 2**20)
+    with pytest.raises(MediaError) as caught:
+        cut(str(path), info, times)
+    assert caught.value.reason == "cut_failed"
 
 
 def test_the_index_comes_before_the_media(tmp_path):
