@@ -15,7 +15,7 @@
 
 A found boundary belongs to a transition if it lies no more than two frames (at the video's rate)
 before its start or behind its end; for a cut both are the new shot's first frame. Each boundary and
-each transition count once. What belongs to none is a false alarm, and counts against every type.
+each transition count once. What belongs to none is a false alarm and counts against every type.
 """
 
 import argparse
@@ -35,9 +35,9 @@ from dataengine.models.shots import (
     AdaptiveSettings,
     AutoShotSettings,
     ContentSettings,
-    DetectorPanel,
     TransNetSettings,
     build_shot_detector,
+    match_boundaries,
 )
 
 TOLERANCE_FRAMES = 2.5  # two, and half of one for times rounded to milliseconds
@@ -170,23 +170,6 @@ def indexed_transitions(video: dict[str, Any], times_us: list[int]) -> list[Tran
     ]
 
 
-def match(found_us: list[int], transitions: list[Transition], tolerance_us: float) -> set[int]:
-    """Returns which transitions were found; nearest to the middle first, each boundary once."""
-    pairs = sorted(
-        (abs(time_us - (start + end) / 2), i, j)
-        for i, time_us in enumerate(found_us)
-        for j, (_, start, end) in enumerate(transitions)
-        if start - tolerance_us <= time_us <= end + tolerance_us
-    )
-    used: set[int] = set()
-    matched: set[int] = set()
-    for _, i, j in pairs:
-        if i not in used and j not in matched:
-            used.add(i)
-            matched.add(j)
-    return matched
-
-
 def measure_accuracy(folder: Path, autoshot: str | None) -> dict[str, Any]:
     """Prints a table and returns F1 by detector and type of transition."""
     settings = [ContentSettings(), AdaptiveSettings(), TransNetSettings()]
@@ -201,22 +184,26 @@ def measure_accuracy(folder: Path, autoshot: str | None) -> dict[str, Any]:
     for name, video in videos.items():
         with media.VideoReader(str(folder / "videos" / name)) as reader:
             fps = reader.info.fps or 25.0
-            panel = DetectorPanel([build_shot_detector(choice, fps) for choice in settings])
+            detectors = [build_shot_detector(choice, fps) for choice in settings]
+            found: list[list[int]] = [[] for _ in detectors]
+            frame_px = max(detector.frame_px for detector in detectors)
             times_us = []
             for frame in reader:
-                small = media.small_bgr(frame.picture, reader.info.rotation, panel.frame_px)
-                panel.push(frame.time_us, small)
+                small = media.small_bgr(frame.picture, reader.info.rotation, frame_px)
+                for found_us, detector in zip(found, detectors, strict=True):
+                    found_us += detector.push(frame.time_us, small)
                 times_us.append(frame.time_us)
-            panel.flush()
         num_frames += len(times_us)
         transitions = (
             demo_transitions(video) if "cuts" not in video else indexed_transitions(video, times_us)
         )
         total.update(kind for kind, _, _ in transitions)
-        for detector, found_us in panel.boundaries_us.items():
-            matched = match(found_us, transitions, TOLERANCE_FRAMES * 1e6 / fps)
-            right.setdefault(detector, Counter()).update(transitions[j][0] for j in matched)
-            false[detector] += len(found_us) - len(matched)
+        spans_us = [(start, end) for _, start, end in transitions]
+        for found_us, detector in zip(found, detectors, strict=True):
+            found_us += detector.flush()
+            matched = match_boundaries(found_us, spans_us, TOLERANCE_FRAMES * 1e6 / fps)
+            right.setdefault(detector.name, Counter()).update(transitions[i][0] for i in matched)
+            false[detector.name] += len(found_us) - len(matched)
     kinds = sorted(total)
     print(f"{len(videos)} videos, {num_frames} frames")
     heads = [f"{kind} ({total[kind]})" for kind in kinds] + [f"all ({total.total()})"]

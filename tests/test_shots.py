@@ -4,15 +4,11 @@ import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from dataengine.errors import ConfigError
 from dataengine.models import transnet
 from dataengine.models.shots import (
     AutoShotSettings,
-    ContentSettings,
-    DetectorPanel,
     ShotSettings,
     TransNetSettings,
-    WholeDetector,
     agreement,
     build_shot_detector,
     match_boundaries,
@@ -124,35 +120,7 @@ def test_autoshot_without_weights_says_where_they_are():
         TypeAdapter(ShotSettings).validate_python({"kind": "autoshot"})
 
 
-# ---------------------------------------------------------------------------------- several together
-
-
-def test_the_first_of_a_panel_decides_and_all_are_on_record():
-    scenes = [scene(3), scene(4)]
-    frames = [scenes[n >= 30](n) for n in range(60)]
-    alone = detect(build_shot_detector(ContentSettings(), 25.0), frames)
-    panel = DetectorPanel(
-        [
-            build_shot_detector(ContentSettings(), 25.0),
-            build_shot_detector(TransNetSettings(), 25.0),
-        ]
-    )
-    assert detect(panel, frames) == alone == [30]
-    assert panel.name == "scenedetect/content"
-    cut_us = 7_000 + 30 * FRAME_US
-    assert panel.boundaries_us == {"scenedetect/content": [cut_us], "transnetv2": [cut_us]}
-    assert agreement(panel.boundaries_us, 0) == [("transnetv2",)]
-
-
-def test_a_panel_shows_the_largest_picture_wanted():
-    small, large = WholeDetector(), WholeDetector()
-    small.name, large.frame_px = "small", 240
-    assert DetectorPanel([small, large]).frame_px == 240
-
-
-def test_a_panel_of_one_kind_twice_is_an_error():
-    with pytest.raises(ConfigError, match="Two shot detectors"):
-        DetectorPanel([WholeDetector(), WholeDetector()])
+# ----------------------------------------------------------------------------------------- agreement
 
 
 @pytest.mark.parametrize(
@@ -170,5 +138,7 @@ def test_agreement_names_who_found_the_same_boundary(boundaries, expected):
     assert agreement(boundaries, 10) == expected
 
 
-def test_boundaries_match_one_to_one():
-    assert match_boundaries([0, 100], [0, 1, 99, 100], 1) == [(0, 0), (1, 3)]
+def test_a_transition_is_found_anywhere_in_its_span():
+    spans = [(10, 10), (50, 80), (200, 230)]
+    assert match_boundaries([8, 11, 48, 64, 82, 199], spans, 2) == {0: 1, 1: 3, 2: 5}
+    assert match_boundaries([7, 83, 197], spans, 2) == {}

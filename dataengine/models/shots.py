@@ -16,7 +16,6 @@ import cv2
 import numpy as np
 from pydantic import Field, model_validator
 
-from dataengine.errors import ConfigError
 from dataengine.stage import Settings
 
 if TYPE_CHECKING:
@@ -164,97 +163,52 @@ def agreement(
 ) -> list[tuple[str, ...]]:
     """Returns, for each boundary of the first detector, which others found it too.
 
-    A boundary of another detector counts for one boundary only: the pairs that are nearest in time
-    find each other first.
-
     Args:
-        boundaries_by_detector: Ascending times by a detector's name, at least one. The first detector is the one
-            whose boundaries are used.
+        boundaries_by_detector: Ascending times by a detector's name, at least one. The first
+            detector is the one whose boundaries are used.
         tolerance_us: Largest distance at which two boundaries are the same.
 
     Returns:
-        Names in the mapping's order, one tuple per boundary of the first detector.
+        Names in the mapping's order, one tuple per boundary of the first detector. A boundary of
+        another detector confirms one boundary only, the nearest.
     """
     main, *others = boundaries_by_detector
-    wanted = boundaries_by_detector[main]
-    agreeing: list[list[str]] = [[] for _ in wanted]
+    spans_us = [(time_us, time_us) for time_us in boundaries_by_detector[main]]
+    agreeing: list[list[str]] = [[] for _ in spans_us]
     for other in others:
-        for index, _ in match_boundaries(wanted, boundaries_by_detector[other], tolerance_us):
+        for index in match_boundaries(boundaries_by_detector[other], spans_us, tolerance_us):
             agreeing[index].append(other)
     return [tuple(names) for names in agreeing]
 
 
 def match_boundaries(
-    first_us: Sequence[int], second_us: Sequence[int], tolerance_us: int
-) -> list[tuple[int, int]]:
-    """Returns index pairs of boundaries that are the same, nearest pairs first, each used once.
+    found_us: Sequence[int], spans_us: Sequence[tuple[int, int]], tolerance_us: float
+) -> dict[int, int]:
+    """Pairs boundaries with the transitions they lie in, each used once.
 
     Args:
-        first_us: Ascending times.
-        second_us: Ascending times.
-        tolerance_us: Largest distance of a pair.
+        found_us: Ascending times of boundaries.
+        spans_us: Start and end of transitions, equal for a hard cut.
+        tolerance_us: How far outside its span a transition may be found.
+
+    Returns:
+        Index of the boundary by index of the transition. The pairs whose boundary is nearest to the
+        middle of the span find each other first.
     """
     pairs = sorted(
-        (abs(first - second_us[j]), i, j)
-        for i, first in enumerate(first_us)
+        (abs(2 * found_us[j] - start - end), i, j)
+        for i, (start, end) in enumerate(spans_us)
         for j in range(
-            bisect_left(second_us, first - tolerance_us),
-            bisect_right(second_us, first + tolerance_us),
+            bisect_left(found_us, start - tolerance_us), bisect_right(found_us, end + tolerance_us)
         )
     )
-    taken_first: set[int] = set()
-    taken_second: set[int] = set()
-    matched = []
+    matched: dict[int, int] = {}
+    used: set[int] = set()
     for _, i, j in pairs:
-        if i not in taken_first and j not in taken_second:
-            taken_first.add(i)
-            taken_second.add(j)
-            matched.append((i, j))
+        if i not in matched and j not in used:
+            matched[i] = j
+            used.add(j)
     return matched
-
-
-class DetectorPanel:
-    """Several detectors over the same frames: the first decides, all are on record.
-
-    It is a `ShotDetector` itself, with the first detector's name and revision. Each detector gets
-    the picture that the most demanding of them asks for.
-
-    Args:
-        detectors: At least one, with different names.
-
-    Raises:
-        ConfigError: If two detectors have the same name.
-    """
-
-    def __init__(self, detectors: Sequence[ShotDetector]) -> None:
-        self._detectors = tuple(detectors)
-        self.boundaries_us: dict[str, list[int]] = {d.name: [] for d in detectors}
-        """What each detector has found so far: what `agreement` compares after `flush`."""
-        if len(self.boundaries_us) < len(self._detectors):
-            raise ConfigError(
-                "Two shot detectors of one kind: " + ", ".join(d.name for d in detectors),
-                "name each kind once",
-            )
-        main = self._detectors[0]
-        self.name, self.revision = main.name, main.revision
-        self.frame_px = max(detector.frame_px for detector in detectors)
-
-    def lag_us(self, frame_us: int) -> int:
-        """Returns the first detector's lag: the others announce nothing."""
-        return self._detectors[0].lag_us(frame_us)
-
-    def push(self, time_us: int, frame_bgr: np.ndarray) -> list[int]:
-        """Shows a frame to all; returns the first detector's boundaries, see `ShotDetector`."""
-        return self._record([d.push(time_us, frame_bgr) for d in self._detectors])
-
-    def flush(self) -> list[int]:
-        """Ends all; returns the first detector's boundaries, see `ShotDetector`."""
-        return self._record([detector.flush() for detector in self._detectors])
-
-    def _record(self, found: list[list[int]]) -> list[int]:
-        for times_us, new_us in zip(self.boundaries_us.values(), found, strict=True):
-            times_us += new_us
-        return found[0]
 
 
 class WholeDetector:
