@@ -189,7 +189,8 @@ def read_list(
     Args:
         name: Path or URL of a list; its suffix says what it is.
         columns: Which columns say what; None finds them by their names.
-        strict: Whether a column of ``columns`` that is not there is an error.
+        strict: Whether a column of ``columns`` that is not there is an error, and half a span too;
+            else its usual names stand in.
 
     Raises:
         ConfigError: With file and line, if the list cannot be read as what it says it is.
@@ -254,7 +255,8 @@ def _csv_entries(
 def _json_entries(
     name: str, file: BinaryIO, columns: SourceColumns, strict: bool
 ) -> Iterator[Entry]:
-    # Lines may leave keys out: each set of keys is looked at once.
+    # Lines may leave keys out: each set of keys is looked at once, and a column that the user
+    # named is missing only when no line has it.
     found: dict[tuple[str, ...], dict[str, str]] = {}
     for number, line in enumerate(_lines(name, file), 1):
         if not line.strip():
@@ -267,10 +269,11 @@ def _json_entries(
             raise ConfigError(f"{name}, line {number}: not a JSON object")
         keys = tuple(row)
         if keys not in found:
-            # Only what names the video is asked of every line.
-            wanted = _find_columns(f"{name}, line {number}", keys, columns, strict and not found)
-            found[keys] = wanted
+            where = f"{name}, line {number}"
+            found[keys] = _match_columns(where, keys, columns, defaults=not strict)
         yield _entry(number, {kind: row[column] for kind, column in found[keys].items()})
+    if strict and found:
+        _check_columns(name, list(dict.fromkeys(key for keys in found for key in keys)), columns)
 
 
 def _parquet_entries(
@@ -295,38 +298,66 @@ def _parquet_entries(
 def _find_columns(
     name: str, names: Sequence[str], columns: SourceColumns, strict: bool
 ) -> dict[str, str]:
-    """Returns which of a list's columns says what: kind -> column.
+    """Returns which of a table's columns says what: kind -> column.
 
     Raises:
-        ConfigError: If no column names the videos, a column that the user named is missing, or
-            there are starts without ends.
+        ConfigError: If no column names the videos; if the table is read strictly, also if a column
+            that the user named is missing, or there are starts without ends.
+    """
+    if strict:
+        _check_columns(name, names, columns)
+    found = _match_columns(name, names, columns, defaults=not strict)
+    for start, end in (("start", "end"), ("start_ms", "end_ms")):
+        if strict and (start in found) != (end in found):
+            there = start if start in found else end
+            raise ConfigError(
+                f"{name} has {there} ({found[there]}) but not the other end of a span; "
+                f"its columns: {', '.join(names)}",
+                f'name both under sources.columns in the pipeline file, or neither: {there}: ""',
+            )
+    return found
+
+
+def _check_columns(name: str, names: Sequence[str], columns: SourceColumns) -> None:
+    """Raises ConfigError if a column that the user named is missing."""
+    for kind, wanted in columns.model_dump().items():
+        if wanted and wanted not in names:
+            raise ConfigError(
+                f"{name} has no column {wanted} (sources.columns.{kind}); "
+                f"its columns: {', '.join(names)}"
+            )
+
+
+def _match_columns(
+    name: str, names: Sequence[str], columns: SourceColumns, *, defaults: bool
+) -> dict[str, str]:
+    """Returns which column says what: kind -> column.
+
+    Args:
+        name: Of the list, for messages.
+        names: Its columns.
+        columns: What the user says.
+        defaults: Whether the usual names stand in for a column of the user's that is missing.
+
+    Raises:
+        ConfigError: If no column names the videos.
     """
     plain = {_plain(column): column for column in reversed(names) if column}
-    shown = f"its columns: {', '.join(map(str, names))}"
     found = {}
-    for kind, defaults in _DEFAULT_COLUMNS.items():
+    for kind, usual in _DEFAULT_COLUMNS.items():
         wanted = getattr(columns, kind)
         if wanted and wanted in names:
             found[kind] = wanted
-        elif wanted and strict:
-            raise ConfigError(f"{name} has no column {wanted} (sources.columns.{kind}); {shown}")
-        elif wanted != "":
-            match = next((plain[_plain(d)] for d in defaults if _plain(d) in plain), None)
+        elif wanted is None or (wanted and defaults):
+            match = next((plain[_plain(n)] for n in usual if _plain(n) in plain), None)
             if match is not None:
                 found[kind] = match
     if "source" not in found and "youtube_id" not in found:
         raise ConfigError(
-            f"No column of {name} names the videos; {shown}",
+            f"No column of {name} names the videos; its columns: {', '.join(names)}",
             "say in the pipeline file which one does:\n"
             "sources:\n  columns: {source: COLUMN}  # or youtube_id: COLUMN",
         )
-    for start, end in (("start", "end"), ("start_ms", "end_ms")):
-        if (start in found) != (end in found):
-            there = start if start in found else end
-            raise ConfigError(
-                f"{name} has {there} ({found[there]}) but not the other end of a span; {shown}",
-                f'name both under sources.columns in the pipeline file, or neither: {there}: ""',
-            )
     return found
 
 

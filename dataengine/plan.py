@@ -392,7 +392,7 @@ def _mark_refusals(db: duckdb.DuckDBPyConnection) -> None:
     )
     # What holds for one name of a video holds for all of them.
     db.execute(
-        "create table videos as select id, arg_min(source, place) as first, min(list) as list, "
+        "create table videos as select id, arg_min(source, (place, source)) as first, min(list) as list, "
         "min(removed) as removed from named group by id"
     )
     db.execute(

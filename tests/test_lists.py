@@ -150,6 +150,26 @@ def test_lines_of_json_may_leave_keys_out(tmp_path):
     assert list(read_list(str(path))) == [Entry(1, "a"), Entry(2, "b", False, 1000, 2000)]
 
 
+def test_a_column_that_is_named_is_missing_when_no_line_has_it(tmp_path):
+    path = tmp_path / "l.jsonl"
+    path.write_text('{"at": "a", "url": "x"}\n{"at": "b", "say": "hm", "start": 1, "end": 2}\n')
+    rows = list(read_list(str(path), SourceColumns(source="at", caption="say")))
+    assert [(row.word, row.caption) for row in rows] == [("a", None), ("b", "hm")]
+    with pytest.raises(ConfigError, match=r"no column told \(sources.columns.caption\); .* say"):
+        list(read_list(str(path), SourceColumns(source="at", caption="told")))
+    path.write_text('{"at": "a"}\n{"url": "x"}\n')
+    with pytest.raises(ConfigError, match="line 2 names the videos; its columns: url"):
+        list(read_list(str(path), SourceColumns(source="at")))
+    path.write_text('{"url": "a", "start": 1, "end": 2}\n{"url": "b", "start": 1}\n')
+    assert [row.bad_span for row in read_list(str(path))] == [False, True]
+
+
+def test_an_exclusion_list_is_asked_for_videos_alone(tmp_path):
+    name = write_list(tmp_path / "l.csv", {"id": [1], "start": [2], "youtube_id": ["dQw4w9WgXcQ"]})
+    rows = read_list(name, SourceColumns(source="elsewhere"), strict=False)
+    assert [row.word for row in rows] == ["dQw4w9WgXcQ"]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [

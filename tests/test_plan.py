@@ -263,6 +263,20 @@ def test_a_video_is_excluded_under_all_its_names(videos, planned, tmp_path):
         assert refusals(rows) == {"b.mp4": "excluded", "test1.mp4": "excluded"}
 
 
+def test_objects_are_not_read_for_an_exclusion_list(videos, planned, monkeypatch, tmp_path):
+    read = []
+    real = records.stream_video_id
+    monkeypatch.setattr(records, "stream_video_id", lambda file: read.append(file) or real(file))
+    (tmp_path / "x.txt").write_text("0123456789abcdef\n")
+    fs = fsspec.filesystem("memory")
+    fs.pipe("/plan/o.mp4", b"seven b")
+    try:
+        _, rows = planned(videos, "memory://plan", exclude=[tmp_path / "x.txt"])
+    finally:
+        fs.rm("/plan", recursive=True)
+    assert (len(rows), len(read)) == (4, 3)
+
+
 def test_what_was_excluded_is_planned_when_it_no_longer_is(planned, tmp_path):
     (tmp_path / "x.txt").write_text(A)
     (tmp_path / "y.txt").write_text(B)

@@ -114,6 +114,11 @@ def test_the_stored_pipeline_is_the_one_that_ran(works, sources, tmp_path):
     again = stored_pipeline(Corpus.open(str(corpus)))
     assert (again.name, again.resolved()) == ("mine", changed.resolved())
     assert again.fingerprint == changed.fingerprint
+    later = corpus / "runs" / "99991231T235959-0000"
+    later.mkdir()
+    (corpus / "runs" / "99991231T235959-0001").mkdir()
+    (later / "pipeline.yaml").write_text(again.resolved().replace("name: mine", "name: newest"))
+    assert stored_pipeline(Corpus.open(str(corpus))).name == "newest"
     more = stored_pipeline(Corpus.open(str(corpus)), ["stages.segment.num_frames=7"])
     assert more.fingerprint != changed.fingerprint
 
