@@ -39,6 +39,8 @@ from dataengine.records import digest
 from dataengine.subtitles import parse_subtitles
 
 ORIGINAL, ALL = "original", "all"
+_MEDIA, _SUBTITLES = "video-", "subtitles-"
+"""How names of files begin."""
 _TEXT_FORMATS = ("vtt", "srt")
 _NETWORK = (HTTPError, TransportError)
 _SAID_BY_SITES = frozenset(
@@ -264,8 +266,9 @@ def _downloader(folder: Path, visit: Visit) -> Any:
         total = status.get("total_bytes") or 0
         if total > settings.max_bytes:
             raise FetchError("too_large", f"{total >> 20} MiB")
-        if status["status"] == "finished":
-            refuse_text(Path(status["filename"]))  # before ffmpeg opens it
+        path = Path(status["filename"])
+        if status["status"] == "finished" and path.name.startswith(_MEDIA):
+            refuse_text(path)  # before ffmpeg opens it
 
     cookies = None
     if settings.cookies_file:
@@ -374,7 +377,7 @@ def _fetch_media(downloader: Any, info: dict[str, Any], folder: Path) -> Path:
     parts = info.get("requested_formats") or [info]
     identity = [f"{part.get('format_id')} {part.get('filesize')}" for part in parts]
     known = all(part.get("filesize") for part in parts)
-    name = f"video-{digest(*identity)}"
+    name = f"{_MEDIA}{digest(*identity)}"
     for left in folder.iterdir():
         if left.name != "cookies.txt" and not (known and left.name.startswith(name)):
             shutil.rmtree(left) if left.is_dir() else left.unlink()
@@ -396,7 +399,7 @@ def _fetch_subtitles(
             (f for ext in _TEXT_FORMATS for f in track.formats if f.get("ext") == ext),
             track.formats[-1],
         )
-        path = folder / f"subtitles-{index}"
+        path = folder / f"{_SUBTITLES}{index}"
         try:
             if choice.get("data") is None:
                 downloader.dl(str(path), {"http_headers": headers, **choice}, subtitle=True)
