@@ -204,9 +204,16 @@ VIDEO_SCHEMA = pa.schema(
 
 # ----------------------------------------------------------------------------------------- ids
 
-_YOUTUBE_ID = re.compile(r"[0-9A-Za-z_-]{11}")
+YOUTUBE_ID = re.compile(r"[0-9A-Za-z_-]{11}")
+"""What a YouTube id looks like."""
+
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
-_YOUTUBE_HOSTS = {"youtube.com", "www.youtube.com", "m.youtube.com", "music.youtube.com"}
+YOUTUBE_HOSTS = frozenset(
+    f"{host}youtube{end}"
+    for host in ("", "www.", "m.", "music.")
+    for end in (".com", "-nocookie.com")
+)
+"""Names under which YouTube shows its videos."""
 
 
 def clip_id(video_id: str, start_ms: int, end_ms: int) -> str:
@@ -228,15 +235,15 @@ def youtube_id(source: str) -> str | None:
     """Returns the 11-character id of a YouTube watch, short, embed or youtu.be URL, else None."""
     url = urlsplit(source)
     host = (url.hostname or "").lower()
-    if host == "youtu.be":
+    if host in ("youtu.be", "www.youtu.be"):
         candidate = url.path.strip("/").split("/")[0]
-    elif host in _YOUTUBE_HOSTS and url.path == "/watch":
+    elif host in YOUTUBE_HOSTS and url.path.rstrip("/") == "/watch":
         candidate = parse_qs(url.query).get("v", [""])[0]
-    elif host in _YOUTUBE_HOSTS and url.path.startswith(("/shorts/", "/embed/", "/live/")):
+    elif host in YOUTUBE_HOSTS and url.path.startswith(("/shorts/", "/embed/", "/live/", "/v/")):
         candidate = url.path.split("/")[2]
     else:
         return None
-    return candidate if _YOUTUBE_ID.fullmatch(candidate) else None
+    return candidate if YOUTUBE_ID.fullmatch(candidate) else None
 
 
 def is_url(source: str) -> bool:

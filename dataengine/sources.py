@@ -46,9 +46,7 @@ KNOWN_WORDS = (
     "youtube:ID, ytsearchN:WORDS, playlist:URL, or a .txt, .csv, .tsv, .jsonl or .parquet list"
 )
 
-_YOUTUBE_ID = re.compile(r"[0-9A-Za-z_-]{11}")
 _SEARCH = re.compile(r"ytsearch(date)?([1-9][0-9]*|all)?:.+", re.DOTALL)
-_YOUTUBE_HOSTS = {"youtube.com", "www.youtube.com", "m.youtube.com", "music.youtube.com"}
 _MOST_NESTED = 20
 _SILENT = logging.Logger("playlists", logging.CRITICAL)  # what goes wrong is raised as well
 
@@ -197,7 +195,7 @@ class _Expander:
                 raise ConfigError(f"No such source: {word} ({video.detail})", KNOWN_WORDS)
             yield video
         elif not _is_local(base) and not word.startswith(("/", "file://")):
-            if _YOUTUBE_ID.fullmatch(word):
+            if records.YOUTUBE_ID.fullmatch(word):
                 yield _youtube(word)
             else:
                 yield from self.word(f"{base}/{word}", base, listed=True)
@@ -234,12 +232,12 @@ class _Expander:
                     yield from self._list(match)
                 elif lists.suffix(match) in (spelt, *VIDEO_SUFFIXES):
                     yield _file(match)
-        elif listed and _YOUTUBE_ID.fullmatch(word):
+        elif listed and records.YOUTUBE_ID.fullmatch(word):
             yield _youtube(word)
         elif listed:
             yield _file(_local_path(word, base))
         else:
-            like_id = _YOUTUBE_ID.fullmatch(word) and not os.path.dirname(word)
+            like_id = records.YOUTUBE_ID.fullmatch(word) and not os.path.dirname(word)
             hint = f"a YouTube id is written youtube:{word}" if like_id else KNOWN_WORDS
             raise ConfigError(f"No such source: {word}", hint)
 
@@ -333,10 +331,10 @@ class _Expander:
             row = _remote_video(word)
             if row is None and _is_local(base):
                 path = _local_path(word, base)
-                is_youtube = _YOUTUBE_ID.fullmatch(word) and not os.path.exists(path)
+                is_youtube = records.YOUTUBE_ID.fullmatch(word) and not os.path.exists(path)
                 row = _youtube(word) if is_youtube else _file(path)
             elif row is None:
-                is_youtube = _YOUTUBE_ID.fullmatch(word)
+                is_youtube = records.YOUTUBE_ID.fullmatch(word)
                 joined = None if is_youtube else _remote_video(f"{base}/{word}")
                 row = joined or _youtube(word)
         yield Listed(*row[:5], *entry[3:9], row.reason, row.detail)
@@ -385,7 +383,7 @@ def is_playlist(word: str) -> bool:
     if not records.is_url(word):
         return False
     url = urlsplit(word)
-    if (url.hostname or "").lower() not in _YOUTUBE_HOSTS:
+    if (url.hostname or "").lower() not in records.YOUTUBE_HOSTS:
         return False
     path = url.path.rstrip("/")
     return path == "/playlist" or path.startswith(("/@", "/channel/", "/c/", "/user/"))
@@ -420,7 +418,7 @@ def _playlist_entries(client: Any, word: str, opened: set[str]) -> Iterator[str]
         if is_playlist(address):
             if address not in opened:  # a channel's page is made of playlists
                 yield from _playlist_entries(client, address, opened)
-        elif _YOUTUBE_ID.fullmatch(address):
+        elif records.YOUTUBE_ID.fullmatch(address):
             yield f"youtube:{address}"
         else:
             yield address
@@ -448,7 +446,7 @@ def _remote_video(word: str) -> Listed | None:
 
 def _youtube(video: str) -> Listed:
     """Returns the row of a YouTube id, or of a URL where an id should be."""
-    if not _YOUTUBE_ID.fullmatch(video):
+    if not records.YOUTUBE_ID.fullmatch(video):
         found = records.youtube_id(video) if records.is_url(video) else None
         if found is None:
             return Listed(video or "youtube:", reason=BAD_ID, detail="not a YouTube id")
