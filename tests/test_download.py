@@ -18,7 +18,7 @@ import pytest
 from pydantic import SecretStr, ValidationError
 
 from dataengine import media, records
-from dataengine.errors import DependencyError
+from dataengine.errors import ConfigError, DependencyError
 from dataengine.fetch.cache import Cache, CacheUser, forget
 from dataengine.fetch.content import is_text
 from dataengine.fetch.faults import CLASSES, FetchError, classify_message, one_line
@@ -490,6 +490,18 @@ def test_cookies_are_sent_and_the_users_file_stays_as_it_is(server, tmp_path, pa
     assert set(server.cookies) == {"sid=me"}
     assert cookies.read_bytes() == before
     assert [p.name for p in (tmp_path / "c").rglob("*cookies*")] == []
+
+
+def test_cookies_or_a_cache_that_cannot_be_used_stop_the_run(tmp_path):
+    (tmp_path / "file").write_text("no cookies")
+    for settings, said in (
+        ({"cookies_file": str(tmp_path / "none.txt")}, "Cookies cannot be read"),
+        ({"cookies_file": str(tmp_path / "file")}, "Cookies cannot be read"),
+        ({"cache_dir": str(tmp_path / "file" / "c")}, "No cache can be kept"),
+    ):
+        config = DownloadStage.Config.model_validate({"cache_dir": str(tmp_path / "c")} | settings)
+        with pytest.raises(ConfigError, match=said):
+            DownloadStage(config).setup()
 
 
 @pytest.mark.parametrize("path", ["ok/a.mp4", "ok/a"])

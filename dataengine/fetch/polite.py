@@ -48,7 +48,7 @@ class HostLimits:
         The place at any other host is given back first, so that nobody waits in a circle.
 
         Args:
-            host: Name or address, without port.
+            host: Name or address, without port; with the proxy's, if the host sees that.
             deadline: On `time.monotonic`.
 
         Raises:

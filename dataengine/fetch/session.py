@@ -91,15 +91,25 @@ class Visit:
                 import yt_dlp.networking  # noqa: F401 - gives requests a client for SOCKS
             session.proxies = {"http": self.proxy, "https": self.proxy}
         if self.settings.cookies_file:
-            jar = http.cookiejar.MozillaCookieJar(self.settings.cookies_file)
-            jar.load(ignore_discard=True, ignore_expires=True)
-            for cookie in jar:
-                if cookie.expires == 0:  # how browsers write down a session's cookie
-                    cookie.expires = None
+            for cookie in read_cookies(self.settings.cookies_file):
                 session.cookies.set_cookie(cookie)
         for scheme in ("http://", "https://"):
             session.mount(scheme, PoliteAdapter(HTTPAdapter(), self))
         return session
+
+
+def read_cookies(path: str) -> http.cookiejar.CookieJar:
+    """Returns the cookies of a file in Netscape format.
+
+    Raises:
+        OSError: If it cannot be read, or is in another format.
+    """
+    jar = http.cookiejar.MozillaCookieJar(path)
+    jar.load(ignore_discard=True, ignore_expires=True)
+    for cookie in jar:
+        if cookie.expires == 0:  # how browsers write down a session's cookie
+            cookie.expires = None
+    return jar
 
 
 class PoliteAdapter(BaseAdapter):
@@ -119,19 +129,21 @@ class PoliteAdapter(BaseAdapter):
         """
         visit = self._visit
         url = request.url or ""
-        host = urlsplit(url).hostname or ""
+        host = place = urlsplit(url).hostname or ""
         repeatable = request.method in ("GET", "HEAD") and url not in visit.given_up
         tries_left = visit.settings.retries if repeatable else 0
         tries = 0
         if visit.proxy:
             guard.check_host(host, visit.settings.allow_private)
+            # What the host sees, and counts, is the proxy's address.
+            place = f"{host} through {urlsplit(visit.proxy).netloc.rpartition('@')[2]}"
         if "Range" in request.headers and url in visit.tags:
             # The rest of a file is of use only if it is still the same file; yt-dlp does not ask.
             request.headers.setdefault("If-Range", visit.tags[url])
         while True:
             visit.check_time()
             visit.close_answer()
-            visit.limits.take_turn(host, visit.deadline)
+            visit.limits.take_turn(place, visit.deadline)
             try:
                 answer = self._inner.send(request, **options)
             except (requests.ConnectionError, requests.Timeout):
@@ -148,7 +160,7 @@ class PoliteAdapter(BaseAdapter):
                 seconds = retry_after_s(answer.headers, time.time())
                 if seconds is not None:
                     longest = visit.settings.max_retry_after_s
-                    visit.limits.postpone(host, min(seconds, longest), visit.deadline)
+                    visit.limits.postpone(place, min(seconds, longest), visit.deadline)
                     tries = tries_left if seconds > longest else tries
                 if tries >= tries_left:
                     visit.given_up.add(url)

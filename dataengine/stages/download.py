@@ -17,11 +17,12 @@ from typing import Any, ClassVar
 import pyarrow as pa
 
 from dataengine import media, records
-from dataengine.errors import MediaError
+from dataengine.errors import ConfigError, MediaError
 from dataengine.fetch.cache import Cache, CacheUser, forget
 from dataengine.fetch.faults import FetchError, classify_os_error
 from dataengine.fetch.fetcher import Job, inspect_source, recipe_of, suffix_of
 from dataengine.fetch.process import FetchProcess
+from dataengine.fetch.session import read_cookies
 from dataengine.fetch.settings import NEUTRAL, FetchSettings
 from dataengine.sources import VIDEO_SUFFIXES
 from dataengine.stage import Drop, Kept, Outcome, Row, Stage
@@ -59,12 +60,31 @@ class DownloadStage(Stage):
     config: Config
 
     def setup(self) -> None:
-        """Takes part in the cache; the process that fetches starts with the first URL."""
+        """Takes part in the cache; the process that fetches starts with the first URL.
+
+        Raises:
+            ConfigError: If the file of cookies or the cache folder cannot be used.
+        """
         folder = self.config.cache_dir or os.path.join(tempfile.gettempdir(), "dataengine-cache")
         self._settings = FetchSettings.model_validate(
             {name: getattr(self.config, name) for name in FetchSettings.model_fields}
             | {"cache_dir": folder}
         )
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"No cache can be kept in {folder}: {error.strerror}",
+                "set stages.download.cache_dir to a folder with room",
+            ) from None
+        if self._settings.cookies_file:
+            try:
+                read_cookies(self._settings.cookies_file)
+            except OSError as error:
+                raise ConfigError(
+                    f"Cookies cannot be read: {error}",
+                    "stages.download.cookies_file is a file in Netscape format, on every node",
+                ) from None
         self._recipe = recipe_of(self._settings)
         self._user = CacheUser()
         self._process = FetchProcess()
