@@ -25,7 +25,13 @@ from pydantic import Field
 from dataengine import clip_rules, media, records
 from dataengine.activity import ActivityMeter
 from dataengine.errors import MediaError
-from dataengine.models.shots import ContentSettings, ShotDetector, ShotSettings, build_shot_detector
+from dataengine.models.shots import (
+    ContentSettings,
+    ShotDetector,
+    ShotSettings,
+    agreement,
+    build_shot_detector,
+)
 from dataengine.sampling import FrameSampler, even_times
 from dataengine.spans import SpanSampler
 from dataengine.stage import Drop, Kept, Outcome, Row, Stage, provenance
@@ -114,8 +120,10 @@ class SegmentStage(Stage):
     config: SegmentConfig
 
     def setup(self) -> None:
-        """Keeps OpenCV to one thread: actors share the cores."""
+        """Loads the detectors' networks, and keeps OpenCV to one thread: actors share the cores."""
         cv2.setNumThreads(1)
+        for settings in (self.config.detector, *self.config.also):
+            build_shot_detector(settings, 25.0)  # missing weights stop the run here
 
     def process(self, batch: Sequence[Row]) -> list[Outcome]:
         """Returns a `Kept` with all clips of each video, or the `Drop` that ended it."""
@@ -378,19 +386,22 @@ class _Shots(_Pass):
         return None
 
     def _add_agreement(self) -> None:
-        """Notes at each clip which detectors see its start and its end."""
+        """Notes at each clip which detectors see its start and its end; none where a piece was cut."""
+        names = [detector.name for detector in self.detectors]
+        keys = [
+            name if names.count(name) == 1 else f"{name} ({detector.revision})"
+            for name, detector in zip(names, self.detectors, strict=True)
+        ]
+        found_us = dict(zip(keys, self.found_us, strict=True))
+        others = agreement(found_us, AGREEMENT_US)
+        seen_by = {
+            time_us: [keys[0], *names]
+            for time_us, names in zip(self.found_us[0], others, strict=True)
+        }
         for clip in self.clips:
             if "_drop" not in clip:
-                clip["start_detectors"] = self._seen_by(clip["_frame_us"][0])
-                clip["end_detectors"] = self._seen_by(clip["_frame_us"][-1])
-
-    def _seen_by(self, time_us: int) -> list[str]:
-        names = []
-        for found_us, detector in zip(self.found_us, self.detectors, strict=True):
-            after = bisect_left(found_us, time_us - AGREEMENT_US)
-            if after < len(found_us) and found_us[after] <= time_us + AGREEMENT_US:
-                names.append(detector.name)
-        return names
+                clip["start_detectors"] = seen_by.get(clip["_frame_us"][0], [])
+                clip["end_detectors"] = seen_by.get(clip["_frame_us"][-1], [])
 
     def _hold(self, picture: media.Picture) -> media.Picture:
         if self.shrink_first:
