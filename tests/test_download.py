@@ -14,6 +14,7 @@ from typing import Any
 import fsspec
 import imageio_ffmpeg
 import psutil
+import pyarrow as pa
 import pytest
 from pydantic import SecretStr, ValidationError
 
@@ -24,7 +25,7 @@ from dataengine.fetch.content import is_text
 from dataengine.fetch.faults import CLASSES, FetchError, classify_message, one_line
 from dataengine.fetch.fetcher import Job, fetch, inspect_source, recipe_of, suffix_of
 from dataengine.fetch.http import fetch_file
-from dataengine.fetch.pages import classify, refuse
+from dataengine.fetch.pages import classify, facts_of, refuse
 from dataengine.fetch.process import FetchProcess
 from dataengine.fetch.session import Visit, retry_after_s
 from dataengine.fetch.settings import FetchSettings
@@ -419,6 +420,27 @@ def test_a_files_header_is_judged_where_no_page_tells(video, tmp_path):
     ):
         outcome = locate(str(tmp_path / "a.mp4"), tmp_path, **settings)
         assert (outcome.reason if isinstance(outcome, Drop) else None) == reason
+
+
+def test_a_page_that_makes_an_extractor_stumble_costs_one_video(server, tmp_path, monkeypatch):
+    import yt_dlp
+
+    def stumble(*args, **more):
+        raise TypeError("'NoneType' object is not subscriptable")
+
+    monkeypatch.setattr(yt_dlp.YoutubeDL, "extract_info", stumble)
+    assert fault_of(server.url("ok/page"), tmp_path) == "download_failed"
+
+
+def test_what_a_page_says_can_be_stored():
+    facts = facts_of(
+        {"title": "half \ud83d", "tags": ["a", 1, None, "\udc00"], "categories": "one", "age_limit": 12.0,
+         "license": {"a": 1}, "channel_id": 7}
+    )  # fmt: skip
+    pa.array([facts], pa.struct([records.VIDEO_SCHEMA.field(name) for name in facts]))
+    assert facts["title"] == "half ?"
+    assert (facts["tags"], facts["categories"], facts["age_limit"]) == (["a", "1", "?"], None, 12)
+    assert (facts["license"], facts["channel_id"], facts["description"]) == (None, "7", None)
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,8 @@ def _receive(url: str, part: Path, session: requests.Session, visit: Visit) -> N
         raise FetchError(_broken(error), str(error)) from None
     except OSError as error:
         raise FetchError(classify_os_error(error), str(error)) from None
+    except ValueError as error:  # a header or an address that nothing can be made of
+        raise FetchError("download_failed", str(error)) from None
     if not received:
         part.unlink()
         raise FetchError("empty_file", "the server sent no bytes")

@@ -154,9 +154,23 @@ def refuse(info: Mapping[str, Any], settings: FetchSettings) -> FetchError | Non
 
 
 def facts_of(info: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what a page says, as columns of VIDEO_SCHEMA."""
-    names = "title description tags categories upload_date license language age_limit channel_id"
-    return {name: info.get(name) for name in names.split()}
+    """Returns what a page says, as columns of VIDEO_SCHEMA; null where it is not of their type."""
+    texts = ("title", "description", "upload_date", "license", "language", "channel_id")
+    facts: dict[str, Any] = {name: _text(info.get(name)) for name in texts}
+    for name in ("tags", "categories"):
+        words = info.get(name)
+        words = words if isinstance(words, list | tuple) else ()
+        facts[name] = [text for word in words if (text := _text(word))] or None
+    age = info.get("age_limit")
+    facts["age_limit"] = int(age) if isinstance(age, int | float) else None
+    return facts
+
+
+def _text(value: object) -> str | None:
+    """Returns a text that can be stored: pages give halves of characters, numbers and worse."""
+    if value is None or isinstance(value, list | tuple | dict):
+        return None
+    return str(value).encode("utf-8", "replace").decode()
 
 
 def classify(error: BaseException) -> FetchError:
@@ -246,10 +260,13 @@ def fetch_page(url: str, folder: Path, visit: Visit) -> Page:
             path = _fetch_media(downloader, info, folder)
             cues = _fetch_subtitles(downloader, tracks, folder, headers)
             return Page(path, facts, cues or None)
-    except FetchError:
+    except (FetchError, MemoryError):
         raise
     except (YoutubeDLError, requests.RequestException, OSError) as error:
         raise classify(error) from None
+    except Exception as error:  # noqa: BLE001 - remote content must not stop a run
+        # An extractor that stumbles over what a page holds; the next video is another page.
+        raise FetchError("download_failed", f"{type(error).__name__}: {error}") from None
 
 
 def _downloader(folder: Path, visit: Visit) -> Any:
@@ -266,8 +283,8 @@ def _downloader(folder: Path, visit: Visit) -> Any:
         total = status.get("total_bytes") or 0
         if total > settings.max_bytes:
             raise FetchError("too_large", f"{total >> 20} MiB")
-        path = Path(status["filename"])
-        if status["status"] == "finished" and path.name.startswith(_MEDIA):
+        path = Path(status.get("filename") or "")
+        if status.get("status") == "finished" and path.name.startswith(_MEDIA):
             refuse_text(path)  # before ffmpeg opens it
 
     cookies = None
