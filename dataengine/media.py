@@ -27,7 +27,7 @@ from av.error import EOFError as EndOfStream
 from av.error import FFmpegError, InvalidDataError
 from av.stream import Disposition
 
-from dataengine import hdr
+from dataengine import hdr, mp4
 from dataengine.errors import MediaError
 
 # What may be inside a file that came from the network. Playlists (HLS, DASH, concat) are missing
@@ -299,7 +299,7 @@ def open_container(
         device: Kind of hardware that is to decode; it must be there.
 
     Raises:
-        MediaError: ``empty_file``, ``not_a_video`` or ``unreadable_file``.
+        MediaError: ``empty_file``, ``not_a_video``, ``undecodable`` or ``unreadable_file``.
     """
     if isinstance(source, str):
         try:
@@ -310,6 +310,13 @@ def open_container(
         size = len(source)
     if size == 0:
         raise MediaError("empty_file", "0 bytes")
+    if isinstance(source, str):
+        try:
+            mp4.check_tables(source)
+        except ValueError as error:
+            raise MediaError("undecodable", str(error)) from error
+        except OSError as error:
+            raise MediaError("unreadable_file", error.strerror or str(error)) from error
     # The prefix keeps a file called "concat:a|b" a file.
     file = f"file:{source}" if isinstance(source, str) else io.BytesIO(source)
     hardware = HWAccel(device, allow_software_fallback=False) if device else None

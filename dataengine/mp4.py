@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rewriting the edit lists of an MP4 in memory, without moving a byte of its media.
+"""The boxes of an MP4: rewriting its edit lists without moving a byte of its media, and distrusting it.
 
 An edit list says which part of each track is shown, and when. Source: ISO/IEC 14496-12.
 """
@@ -12,8 +12,60 @@ from fractions import Fraction
 
 import numpy as np
 
+MAX_EDITS = 100
+"""Edits of a track. Players need one or two; a thousand keep libav busy for seconds, ten thousand for
+ever, before it gives out the first packet."""
+MAX_BOXES = 10_000
+"""Boxes of an index: there are a dozen for each track."""
+MAX_SAMPLES = 20_000_000
+"""Frames or packets of a track: 90 hours at 60 a second, and a gigabyte of libav's index."""
+
 _Span = tuple[int, int]
 """Start and end of a box's content in the file."""
+
+
+def check_tables(path: str) -> None:
+    """Refuses a file whose tables would take for ever, or all memory, to open. Not an MP4: no check.
+
+    Only headers of boxes are read.
+
+    Raises:
+        ValueError: What is wrong.
+        OSError: If the file cannot be read.
+    """
+    with open(path, "rb") as file:
+        if file.read(8)[4:] not in (b"ftyp", b"moov", b"mdat", b"free", b"wide", b"skip"):
+            return
+        todo = [(0, file.seek(0, 2))]
+        for _ in range(MAX_BOXES):
+            if not todo:
+                return
+            start, end = todo.pop()
+            if start + 8 > end:
+                continue
+            file.seek(start)
+            head = file.read(20)
+            size, kind = struct.unpack_from(">I4s", head)
+            header = 8
+            if size == 1 and len(head) >= 16:
+                (size,) = struct.unpack_from(">Q", head, 8)
+                header = 16
+            stop = min(start + max(size, header), end) if size else end
+            if kind != b"moov":  # libav reads the first one only, and what follows are fragments
+                todo.append((stop, end))
+            if kind in (b"moov", b"trak", b"edts", b"mdia", b"minf", b"stbl"):
+                todo.append((start + header, stop))
+            elif kind == b"cmov":
+                raise ValueError("its index is compressed")
+            elif kind in (b"elst", b"stsz"):
+                file.seek(start + header)
+                table = file.read(12).ljust(12, b"\0")
+                (count,) = struct.unpack_from(">I", table, 4 if kind == b"elst" else 8)
+                if kind == b"elst" and count > MAX_EDITS:
+                    raise ValueError(f"{count} edits of a track")
+                if kind == b"stsz" and count > MAX_SAMPLES:
+                    raise ValueError(f"{count} frames in a track")
+    raise ValueError(f"more than {MAX_BOXES} boxes before its index ends")
 
 
 def set_edits(data: bytearray, length: Fraction) -> None:

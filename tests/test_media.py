@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
+import struct
 from pathlib import Path
 
 import av
+import cv2
 import numpy as np
 import pytest
 
-from dataengine import media
+from dataengine import hdr, media, mp4
 from dataengine.errors import MediaError
 from tests.media_factory import (
     COLOURS,
     HEIGHT,
     WIDTH,
     frame_number,
+    join_streams,
     make_audio,
     make_video,
     truncate,
@@ -120,6 +123,56 @@ def test_a_playlist_really_would_have_been_opened(tmp_path):
         assert container.format.name == "concat"
 
 
+def test_pictures_larger_than_allowed_are_not_decoded(plain, monkeypatch):
+    with pytest.raises(MediaError) as caught:
+        media.VideoReader(str(plain), max_pixels=WIDTH * HEIGHT - 1)
+    assert (caught.value.reason, caught.value.detail) == ("too_large", f"{WIDTH}x{HEIGHT}")
+    with media.VideoReader(str(plain), max_pixels=WIDTH * HEIGHT) as reader:
+        assert len(list(reader)) == 150
+
+
+def test_a_header_that_claims_an_absurd_size_is_refused(tmp_path):
+    path = make_video(tmp_path / "a.avi", codec="mjpeg", pix_fmt="yuvj420p", shot_frames=(3,))
+    data = path.read_bytes()
+    frame = data.index(b"\xff\xc0") + 5
+    path.write_bytes(data.replace(data[frame : frame + 4], struct.pack(">HH", 30_000, 30_000)))
+    with pytest.raises(MediaError):
+        media.probe(str(path))
+
+
+def _with_count(path: Path, box: bytes, offset: int, count: int) -> None:
+    """Writes a count into the first box of a kind."""
+    data = bytearray(path.read_bytes())
+    struct.pack_into(">I", data, data.index(box) + offset, count)
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("box", "offset", "count", "detail"),
+    [
+        (b"elst", 8, 100_000, "100000 edits of a track"),
+        (b"stsz", 12, 200_000_000, "200000000 frames in a track"),
+    ],
+)
+def test_tables_that_would_take_for_ever_are_refused(box, offset, count, detail, tmp_path):
+    path = make_video(tmp_path / "a.mp4", shot_frames=(3,))
+    media.probe(str(path))
+    _with_count(path, box, offset, count)
+    with pytest.raises(MediaError) as caught:
+        media.probe(str(path))
+    assert (caught.value.reason, caught.value.detail) == ("undecodable", detail)
+
+
+def test_boxes_without_end_are_refused(tmp_path):
+    path = tmp_path / "a.mp4"
+    path.write_bytes(struct.pack(">I4s", 8, b"free") * (mp4.MAX_BOXES + 1))
+    with pytest.raises(ValueError, match="boxes before its index ends"):
+        mp4.check_tables(str(path))
+    nested = struct.pack(">I4s", 0, b"moov") * 2000
+    path.write_bytes(nested)
+    mp4.check_tables(str(path))  # ends, and takes no stack
+
+
 # -------------------------------------------------------------------------------------------- time
 
 
@@ -156,6 +209,58 @@ def test_more_threads_give_the_same_frames(plain):
         assert [frame.time_us for frame in frames] == times
         again = [media.upright_rgb(frame.picture, reader.info, 10_000) for frame in frames]
     assert np.array_equal(np.stack(again), np.stack(pictures))
+
+
+def test_without_the_hardware_software_decodes(plain, monkeypatch):
+    _, times, pictures = read_all(plain)
+    opened = []
+    real = media.open_container
+
+    def no_driver(source, options=None, device=None):
+        opened.append(device)
+        if device:
+            raise RuntimeError(f"no {device} here")
+        return real(source, options)
+
+    monkeypatch.setattr(media, "open_container", no_driver)
+    monkeypatch.setattr(media, "hwdevices_available", lambda: ["vaapi", "cuda", "drm"])
+    for wanted, tried in [
+        (None, [None]),
+        ("cuda", ["cuda", None]),
+        ("auto", ["cuda", "vaapi", None]),
+        ("qsv", [None]),
+    ]:
+        opened.clear()
+        with media.VideoReader(str(plain), hwaccel=wanted) as reader:
+            assert reader.hwaccel is None
+            frames = list(reader)
+            first = media.upright_rgb(frames[0].picture, reader.info, 10_000)
+        assert opened == tried
+        assert [frame.time_us for frame in frames] == times
+        assert np.array_equal(first, pictures[0])
+
+
+@pytest.mark.parametrize("hwaccel", ["auto", "cuda"])
+def test_hardware_is_optional(hwaccel, plain):
+    # Whatever this machine has: the frames are there.
+    with media.VideoReader(str(plain), hwaccel=hwaccel) as reader:
+        assert len(list(reader)) == 150
+
+
+def test_pictures_keep_the_first_ones_size(tmp_path):
+    small = make_video(tmp_path / "small.ts", shot_frames=(30,))
+    large = make_video(
+        tmp_path / "large.ts", shot_frames=(30,), size=(2 * WIDTH, 2 * HEIGHT), start_s=2.0
+    )
+    info, times, pictures = read_all(join_streams(small, large, tmp_path / "both.ts"))
+    assert (info.width, info.height) == (WIDTH, HEIGHT)
+    assert {picture.shape for picture in pictures} == {(HEIGHT, WIDTH, 3)}
+    numbers = [frame_number(picture) for picture in pictures]
+    assert numbers[:30] == list(range(30))
+    # Decoders may lose a picture or two where the stream changes.
+    assert len(numbers) >= 57
+    assert numbers[30:] == sorted(set(numbers[30:]))
+    assert times == sorted(times)
 
 
 @pytest.mark.parametrize("suffix", [".mkv", ".mp4", ".avi"])
@@ -241,12 +346,50 @@ def test_small_pictures_have_the_colours_of_converted_ones(pix_fmt, tmp_path):
             assert block == pytest.approx([128, 128, 128], abs=20)
 
 
+@pytest.mark.parametrize(
+    ("form", "full"), [("nv12", False), ("nv12", True), ("yuv420p", True), ("p010le", False)]
+)
+def test_small_pictures_know_other_layouts_and_ranges(form, full):
+    picture = np.empty((256, 384, 3), np.uint8)
+    picture[:, :192], picture[:, 192:] = COLOURS[0], COLOURS[2]
+    frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+    stored = av.video.reformatter.VideoReformatter().reformat(
+        frame, format=form, dst_color_range=2 if full else 1, dst_colorspace=5
+    )
+    stored.color_range = 2 if full else 1
+    small = media.small_bgr(stored)[..., ::-1].astype(int)
+    assert max(small.shape[:2]) <= media.GRID_PX
+    assert small[5, 5] == pytest.approx(COLOURS[0], abs=4)
+    assert small[-5, -5] == pytest.approx(COLOURS[2], abs=4)
+
+
 def test_other_pixel_layouts_are_converted(tmp_path):
     path = make_video(tmp_path / "rgb.mkv", codec="ffv1", pix_fmt="bgr0", shot_frames=(2,))
     with media.VideoReader(str(path)) as reader:
         small = media.small_bgr(next(iter(reader)).picture)
     assert small[-1, 0, ::-1].astype(int) == pytest.approx(COLOURS[0], abs=2)
     assert max(small.shape[:2]) <= media.GRID_PX
+
+
+@pytest.mark.parametrize("colorspace", [1, 2, 5, 9])
+@pytest.mark.parametrize("form", ["yuv420p", "yuvj420p", "yuv420p10le", "yuv444p", "nv12", "gbrp"])
+def test_colours_come_out_as_they_went_in(form, colorspace):
+    draw = np.random.default_rng(5)
+    # Smooth, so that chroma is the same however it is spread over the pixels.
+    coarse = draw.integers(30, 225, (4, 6, 3)).astype(np.uint8)
+    rgb = cv2.resize(coarse, (192, 128), interpolation=cv2.INTER_CUBIC)
+    frame = av.VideoFrame.from_ndarray(rgb, format="rgb24").reformat(
+        format=form, dst_colorspace=colorspace if colorspace != 2 else 5
+    )
+    frame.colorspace = colorspace
+    ours = media.upright_rgb(frame, _info(192, 128), 10_000).astype(int)
+    assert np.abs(ours - rgb).mean() < 2.2
+
+
+def _info(width: int, height: int, **arguments) -> media.MediaInfo:
+    return media.MediaInfo(
+        0, 25.0, width, height, "h264", None, 0, None, 0, 0, True, 0, **arguments
+    )
 
 
 @pytest.mark.parametrize(
@@ -273,6 +416,56 @@ def test_jpeg_keeps_the_picture_and_the_order_of_colours():
 def test_bytes_that_are_no_picture_are_a_value_error():
     with pytest.raises(ValueError, match="7 bytes"):
         media.jpeg_decode(b"nothing")
+
+
+# --------------------------------------------------------------------------------------------- hdr
+
+
+def test_pq_and_hlg_are_the_curves_of_the_standard():
+    # BT.2408-7, table 1: HDR reference white, 203 cd/m2, is 58 % PQ and 75 % HLG.
+    assert hdr.pq_to_nits(np.array([0.0, 0.5806, 1.0])) == pytest.approx([0, 203, 10_000], abs=2)
+    grey = np.array([[0.0] * 3, [0.75] * 3, [1.0] * 3])
+    assert hdr.hlg_to_nits(grey)[:, 0] == pytest.approx([0, 203, 1000], abs=3)
+
+
+def test_the_tone_curve_keeps_the_dark_and_reaches_white_at_the_peak():
+    light = np.linspace(0, hdr.PEAK_NITS / hdr.WHITE_NITS, 500)
+    shown = hdr.tone_curve(light)
+    assert np.all(np.diff(shown) > 0)
+    assert shown[light <= hdr.KNEE] == pytest.approx(light[light <= hdr.KNEE])
+    assert (shown[-1], hdr.tone_curve(np.array(50.0))) == pytest.approx((1.0, 1.0))
+    assert np.abs(np.diff(shown, 2)).max() < 1e-3  # no corner at the knee
+
+
+def test_wide_colours_come_to_where_bt709_has_them():
+    grey = np.full((1, 3), 0.5, np.float32)
+    assert hdr.to_bt709(grey, "", True)[0] == pytest.approx([128] * 3, abs=1)
+    # BT.709's red in BT.2020's codes: the first column of BT.2087's matrix.
+    red = np.array([[0.6274, 0.0691, 0.0164]], np.float32) ** (1 / 2.4)
+    assert hdr.to_bt709(red, "", True)[0] == pytest.approx([255, 0, 0], abs=6)
+
+
+@pytest.mark.parametrize(("transfer", "number"), [("pq", 16), ("hlg", 18)])
+def test_sampled_frames_of_hdr_videos_are_tone_mapped(transfer, number, tmp_path):
+    path = make_video(
+        tmp_path / "hdr.mkv",
+        shot_frames=(2,),
+        codec="ffv1",
+        pix_fmt="yuv420p10le",
+        transfer=number,
+        wide_gamut=True,
+    )
+    with media.VideoReader(str(path)) as reader:
+        info, picture = reader.info, next(iter(reader)).picture
+        assert (info.transfer, info.wide_gamut) == (transfer, True)
+        shown = media.upright_rgb(picture, info, 10_000)
+    # What was drawn with codes of (200, 40, 40) and 128: as one code after the other says.
+    codes = picture.to_ndarray(format="rgb24")[[-3, 90], [3, 172]].astype(np.float32) / 255
+    wanted = hdr.to_bt709(codes, transfer, True).astype(int)
+    # Near black a code of difference in the source is ten on the screen.
+    assert shown[-3, 3].astype(int) == pytest.approx(wanted[0], abs=12)
+    assert shown[90, 172].astype(int) == pytest.approx(wanted[1], abs=6)
+    assert np.abs(wanted - codes * 255).max() > 25  # which is not what the codes say
 
 
 # ------------------------------------------------------------------------------------------- sound
