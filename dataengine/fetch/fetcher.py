@@ -142,10 +142,9 @@ def _check_file(path: Path, settings: FetchSettings) -> None:
 def _clear(folder: Path, keep_parts: bool) -> None:
     """Empties the folder of a fetch that failed; parts stay where a later try can go on."""
     left = list(folder.iterdir())
-    parts = [path for path in left if path.name.endswith(".part")]
+    if keep_parts and any(path.name.endswith(".part") for path in left):
+        return
     for path in left:
-        if keep_parts and parts and path.name != "cookies.txt":
-            continue
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 

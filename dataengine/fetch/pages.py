@@ -6,6 +6,7 @@ fetched; then come the media in the chosen formats, and the chosen subtitles. Al
 through `session.PoliteAdapter`, mounted in the session that yt-dlp itself makes.
 """
 
+import io
 import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -242,7 +243,7 @@ def fetch_page(url: str, folder: Path, visit: Visit) -> Page:
         FetchError: With the class of what went wrong.
     """
     try:
-        with _downloader(folder, visit) as downloader:
+        with _downloader(visit) as downloader:
             info = _one_video(downloader, downloader.extract_info(url, download=False))
             refusal = refuse(info, visit.settings)
             if refusal:
@@ -269,7 +270,7 @@ def fetch_page(url: str, folder: Path, visit: Visit) -> Page:
         raise FetchError("download_failed", f"{type(error).__name__}: {error}") from None
 
 
-def _downloader(folder: Path, visit: Visit) -> Any:
+def _downloader(visit: Visit) -> Any:
     settings = visit.settings
     height = settings.max_height
 
@@ -290,9 +291,7 @@ def _downloader(folder: Path, visit: Visit) -> Any:
     cookies = None
     if settings.cookies_file:
         # yt-dlp writes its cookies back; many processes would spoil the user's file.
-        cookies = folder / "cookies.txt"
-        cookies.touch(mode=0o600)
-        cookies.write_bytes(Path(settings.cookies_file).read_bytes())
+        cookies = io.StringIO(Path(settings.cookies_file).read_text(encoding="utf-8"))
     options: Any = {
         "format": f"bv*[height<=?{height}]+ba/b[height<=?{height}]/wv*+ba/w",
         "merge_output_format": "mp4/mkv",
@@ -301,7 +300,7 @@ def _downloader(folder: Path, visit: Visit) -> Any:
         "noplaylist": True,
         "extract_flat": "in_playlist",
         "playlist_items": "1:2",
-        "cookiefile": str(cookies) if cookies else None,
+        "cookiefile": cookies,
         "proxy": visit.proxy,
         "geo_bypass": False,
         "socket_timeout": settings.timeout_s,
@@ -396,7 +395,7 @@ def _fetch_media(downloader: Any, info: dict[str, Any], folder: Path) -> Path:
     known = all(part.get("filesize") for part in parts)
     name = f"{_MEDIA}{digest(*identity)}"
     for left in folder.iterdir():
-        if left.name != "cookies.txt" and not (known and left.name.startswith(name)):
+        if not (known and left.name.startswith(name)):
             shutil.rmtree(left) if left.is_dir() else left.unlink()
     downloader.params["outtmpl"]["default"] = str(folder / name).replace("%", "%%") + ".%(ext)s"
     downloader.process_info(info)
