@@ -247,8 +247,8 @@ def _say_plan(plan: Plan, console: Console) -> None:
         )
     if plan.num_bad_spans:
         console.print(
-            f"warning: {plan.num_bad_spans} given spans have no time, or end before they start; "
-            "they are left out",
+            "warning: given spans left out, without a time or ending before they start: "
+            f"{plan.num_bad_spans}",
             highlight=False,
         )
 

@@ -133,7 +133,7 @@ def expand(
     """
     expander = _Expander(columns or lists.SourceColumns(), limit)
     for word in words:
-        for row in expander.word(word.strip(), os.getcwd(), listed=False):
+        for row in expander.word(word, os.getcwd(), listed=False):
             if expander.admits(row.source):
                 yield row
 
@@ -180,7 +180,7 @@ class _Expander:
             listed: Whether the word stands in a list: what is missing then stays in, to end in
                 the ledger by name.
         """
-        if not word:
+        if not word.strip():
             raise ConfigError("Empty source", KNOWN_WORDS)
         if _SEARCH.fullmatch(word) or word.startswith("playlist:") or is_playlist(word):
             yield from self._playlist(word)

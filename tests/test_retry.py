@@ -215,7 +215,7 @@ def test_bad_spans_are_said_in_one_line(works, tmp_path):
     said = cli("ingest", QUICKSTART, "-s", tmp_path / "l.csv", "-c", tmp_path / "c")
     assert said.count("warning:") == 1
     assert "1 source: 1 to do (1 to refuse)" in said
-    assert "warning: 3 given spans have no time, or end before they start" in said
+    assert "warning: given spans left out, without a time or ending before they start: 3" in said
     assert statuses(tmp_path / "c") == {"a.mp4": ("dropped", "bad_spans", 1)}
 
 
