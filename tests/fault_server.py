@@ -7,6 +7,7 @@ client), and ``/watch/<kind>/<name>`` a page that embeds the file. Kinds are the
 
 import select
 import socket
+import struct
 import threading
 import time
 import zlib
@@ -200,6 +201,24 @@ class _Handler(BaseHTTPRequestHandler):
     def cut_once(self):
         """Half the body, the rest when asked for it."""
         return self.half(ranges=True) if self.turn == 1 else self.ok()
+
+    def stall_once(self):
+        """Half the body and then silence, the rest when asked for it."""
+        if self.turn > 1:
+            return self.ok()
+        self.half(ranges=True)
+        _hung_up(self.connection, 30)
+        return None
+
+    def reset_once(self):
+        """Half the body and then a broken connection, the rest when asked for it."""
+        if self.turn > 1:
+            return self.ok()
+        self.half(ranges=True)
+        time.sleep(0.1)  # what is on its way would be lost
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.connection.close()
+        return None
 
     def changed(self):
         """Half of an old version of the file, and the file afterwards."""

@@ -133,6 +133,16 @@ def test_what_can_be_mended_is_fetched_whole(server, tmp_path, kind, path):
         assert any(hit.range for hit in server.hits), "the first half was fetched twice"
 
 
+@pytest.mark.parametrize("path", ["{}/a.mp4", "watch/{}/a"], ids=["file", "page"])
+@pytest.mark.parametrize("kind", ["stall-once", "reset-once"])
+def test_a_body_that_stops_is_continued_where_it_stopped(server, tmp_path, kind, path):
+    server.video = bytes(1) + os.urandom(100_000)
+    entry = fetch(job(server.url(path.format(kind)), tmp_path / "c", timeout_s=0.5))
+    assert entry.path.read_bytes() == server.video
+    (begin,) = [hit.range for hit in server.hits if hit.range]
+    assert begin == f"bytes={len(server.video) // 2}-" or "watch" in path
+
+
 def test_a_page_without_a_video_or_with_two_is_named(server, tmp_path):
     assert fault_of(server.url("text/page"), tmp_path / "c") == "unsupported"
     assert fault_of(server.url("watch-two/a"), tmp_path / "c") == "playlist"

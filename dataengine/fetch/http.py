@@ -6,7 +6,6 @@ the rest with ``Range`` and ``If-Range`` (RFC 9110, 13.1.5 and 14.2), and starts
 server cannot do that or its file has changed.
 """
 
-import http.client
 import json
 import os
 import time
@@ -46,10 +45,8 @@ def fetch_file(url: str, folder: Path, suffix: str, visit: Visit) -> Path:
             try:
                 _receive(url, part, session, visit)
                 break
-            except FetchError as error:
-                if error.reason not in ("incomplete", "connection_failed"):
-                    raise
-                if tries >= visit.settings.retries or error.reason == "connection_failed":
+            except _BodyError:
+                if tries >= visit.settings.retries:
                     raise
             visit.pause(tries)
             tries += 1
@@ -59,6 +56,10 @@ def fetch_file(url: str, folder: Path, suffix: str, visit: Visit) -> Path:
     return target
 
 
+class _BodyError(FetchError):
+    """A body that stopped; the rest may be asked for."""
+
+
 def _receive(url: str, part: Path, session: requests.Session, visit: Visit) -> None:
     """Makes one request and appends its body to the part, or writes it anew."""
     note = part.with_name("part.json")
@@ -66,6 +67,7 @@ def _receive(url: str, part: Path, session: requests.Session, visit: Visit) -> N
     have = part.stat().st_size if known else 0
     if have and have == known["total"]:
         return  # only the rename was missing
+    fault: type[FetchError] = FetchError
     headers = {"Range": f"bytes={have}-", "If-Range": known["tag"]} if have else {}
     try:
         with session.get(
@@ -73,12 +75,13 @@ def _receive(url: str, part: Path, session: requests.Session, visit: Visit) -> N
         ) as answer:
             if answer.status_code == 416:  # the file there is shorter than what is here
                 part.unlink()
-                raise FetchError("incomplete", "the file has changed on the server")
+                raise _BodyError("incomplete", "the file has changed on the server")
             total = _check(answer, part, have, known, visit)
             resumed = answer.status_code == 206
             if not resumed:
                 tag = file_tag(answer.headers)
                 note.write_text(json.dumps({"tag": tag, "total": total}) if tag else "{}")
+            fault = _BodyError
             with open(part, "ab" if resumed else "wb") as file:
                 received = _copy(answer, file, have if resumed else 0, visit)
     except requests.TooManyRedirects:
@@ -86,9 +89,10 @@ def _receive(url: str, part: Path, session: requests.Session, visit: Visit) -> N
     except requests.exceptions.InvalidSchema as error:
         raise FetchError("refused_scheme", str(error)) from None
     except (requests.Timeout, urllib3.exceptions.TimeoutError, TimeoutError) as error:
-        raise FetchError("timeout", str(error)) from None
-    except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-        raise FetchError(_broken(error), str(error)) from None
+        raise fault("timeout", str(error)) from None
+    except (requests.RequestException, urllib3.exceptions.HTTPError, ConnectionError) as error:
+        reason = "incomplete" if fault is _BodyError else "connection_failed"
+        raise fault("timeout" if "timed out" in str(error) else reason, str(error)) from None
     except OSError as error:
         raise FetchError(classify_os_error(error), str(error)) from None
     except ValueError as error:  # a header or an address that nothing can be made of
@@ -97,22 +101,7 @@ def _receive(url: str, part: Path, session: requests.Session, visit: Visit) -> N
         part.unlink()
         raise FetchError("empty_file", "the server sent no bytes")
     if total is not None and received < total:
-        raise FetchError("incomplete", f"{received} of {total} bytes")
-
-
-def _broken(error: Exception) -> str:
-    """Returns the class of a connection's fault: before an answer, or in the middle of its body."""
-    text = str(error)
-    if "timed out" in text:
-        return "timeout"
-    in_body = isinstance(error, requests.exceptions.ChunkedEncodingError)
-    if (
-        in_body
-        or "IncompleteRead" in text
-        or isinstance(error.__cause__, http.client.IncompleteRead)
-    ):
-        return "incomplete"
-    return "connection_failed"
+        raise _BodyError("incomplete", f"{received} of {total} bytes")
 
 
 def _check(
@@ -131,7 +120,7 @@ def _check(
         total = int(size) if size.isdecimal() else None
         if not span.startswith(f"{have}-") or total != known.get("total"):
             part.unlink()
-            raise FetchError("incomplete", f"the server sent another part: {span}/{size}")
+            raise _BodyError("incomplete", f"the server sent another part: {span}/{size}")
         return total
     length = answer.headers.get("Content-Length", "")
     total = int(length) if length.isdecimal() and "Content-Encoding" not in answer.headers else None
