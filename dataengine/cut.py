@@ -5,8 +5,8 @@ A stream copy has to begin at a key frame. Everything before the wanted frame is
 hidden by an MP4 edit list; the same list hides the frames after the end that B-frames depend on or
 that ffmpeg copied too many of. PyAV, OpenCV, ffmpeg and torchcodec's exact mode honour it.
 
-The packets are copied in this process; ffmpeg copies what libav does not accept that way, and does
-whatever needs a decoder. The edit lists are then replaced, because the muxer's begin at a key frame,
+The packets are copied in this process; ffmpeg copies what libav does not accept that way, and encodes
+pictures. The edit lists are then replaced, because the muxer's begin at a key frame,
 say nothing about the end, and are rounded to milliseconds. What is visible afterwards is compared with
 the times of the frames that were asked for. A clip that cannot be copied, or does not come out exactly,
 is encoded. Sound that MP4 does not carry becomes AAC, and sound that breaks the cut is left out: it
@@ -31,7 +31,7 @@ import av
 import ffmpeg
 import imageio_ffmpeg
 import numpy as np
-from av.error import FFmpegError
+from av.error import FFmpegError, InvalidDataError
 
 from dataengine import hdr, media
 from dataengine.errors import MediaError
@@ -186,7 +186,7 @@ def _attempt(
     Raises:
         InexactCutError: If ffmpeg fails, or other frames are visible than asked for.
     """
-    if size is None and sound != "aac":
+    if size is None:
         try:
             return _checked(
                 path, info, frame_us, None, _remux(path, info, frame_us, timeout_s, sound)
@@ -269,12 +269,15 @@ def _copy_packets(
     first_us, end_us = frame_us[0], frame_us[-1]
     zero_us = info.container_start_us
     video = source.streams[info.video_stream]
-    audio = source.streams[info.audio_stream] if sound == "copy" else None
+    audio = source.streams[info.audio_stream] if sound != "none" else None
     copies = {video.index: target.add_stream_from_template(video, opaque=True)}
     if info.video_codec == "hevc":
         copies[video.index].codec_context.codec_tag = "hvc1"  # what Apple's players look for
-    if audio is not None:
+    encoder = None
+    if audio is not None and sound == "copy":
         copies[audio.index] = target.add_stream_from_template(audio, opaque=True)
+    elif audio is not None:
+        encoder = _AacEncoder(target, audio, zero_us + first_us - _early_us(frame_us))
     # The muxer's edit list hides what comes before 0; see _early_us.
     shift_us = zero_us + first_us - _early_us(frame_us)
     clocks = {}  # whole numbers, and made once: there are thousands of packets
@@ -292,16 +295,70 @@ def _copy_packets(
         begin, end, late, shift = clocks[packet.stream_index]
         if packet.stream_index == video.index:
             if stamp >= late or (stamp >= end and audio is None):
-                return
+                break
             if stamp >= end:
                 continue  # frames are decoded before they are shown, never after
         elif stamp >= end or stamp + (packet.duration or 0) < begin:
+            continue
+        if encoder is not None and packet.stream_index != video.index:
+            encoder.push(packet)
             continue
         packet.pts = (stamp if pts is None else pts) - shift  # AVI says when to decode, no more
         if dts is not None:
             packet.dts = dts - shift
         packet.stream = copies[packet.stream_index]
         target.mux_one(packet)
+    if encoder is not None:
+        encoder.finish()
+
+
+class _AacEncoder:
+    """Decodes packets of sound and writes them as AAC, on the clip's clock."""
+
+    def __init__(self, target: Any, audio: Any, shift_us: int) -> None:
+        self._target, self._shift_us = target, shift_us
+        self._num_decoded, self._error = 0, ""
+        rate = audio.codec_context.sample_rate
+        if rate not in _AAC_RATES:
+            rate = 48_000
+        layout = "mono" if audio.codec_context.layout.nb_channels == 1 else "stereo"
+        self._stream = target.add_stream("aac", rate=rate, layout=layout)
+        self._stream.codec_context.flags |= _BITEXACT_CODEC
+        self._stream.bit_rate = 128_000
+        self._resampler = av.AudioResampler("fltp", layout, rate, frame_size=1024)
+
+    def push(self, packet: Any) -> None:
+        """Takes a packet; one that does not decode is left out."""
+        try:
+            sounds = packet.decode()
+        except InvalidDataError as error:
+            self._error = str(error)
+            return
+        for sound in sounds:
+            if sound.pts is not None:
+                sound.pts -= round(Fraction(self._shift_us, 1_000_000) / sound.time_base)
+            self._num_decoded += 1
+            self._write(sound)
+
+    def finish(self) -> None:
+        """Writes what is left.
+
+        Raises:
+            _ToolError: If nothing was decoded, although there was something.
+        """
+        if self._num_decoded:
+            self._write(None)
+            self._target.mux(self._stream.encode(None))
+        elif self._error:
+            raise _ToolError(self._error)
+
+    def _write(self, sound: Any) -> None:
+        for piece in self._resampler.resample(sound):
+            self._target.mux(self._stream.encode(piece))
+
+
+_AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)
+_BITEXACT_CODEC = 1 << 23  # AV_CODEC_FLAG_BITEXACT
 
 
 def _packets_from_key_frame(source: Any, video: Any, audio: Any, time_us: int) -> Iterator[Any]:

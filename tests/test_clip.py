@@ -234,6 +234,7 @@ def test_sound_that_mp4_does_not_carry_becomes_aac(name, codec, sound, tmp_path)
     assert media.probe(clip.data).audio_codec == ("aac" if sound == "aac" else info.audio_codec)
     # 2.0 s after the first; where the first is, is another test's matter.
     assert np.diff(clicks(media.read_audio(clip.data), 16_000))[0] == pytest.approx(2.0, abs=0.002)
+    assert clip.data == cut(str(path), info, times[0:101]).data
 
 
 def test_broken_sound_does_not_cost_the_clip(tmp_path):

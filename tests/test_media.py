@@ -6,6 +6,7 @@ import av
 import cv2
 import numpy as np
 import pytest
+from av.video.reformatter import VideoReformatter
 
 from dataengine import hdr, media, mp4
 from dataengine.errors import MediaError
@@ -353,7 +354,7 @@ def test_small_pictures_know_other_layouts_and_ranges(form, full):
     picture = np.empty((256, 384, 3), np.uint8)
     picture[:, :192], picture[:, 192:] = COLOURS[0], COLOURS[2]
     frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-    stored = av.video.reformatter.VideoReformatter().reformat(
+    stored = VideoReformatter().reformat(
         frame, format=form, dst_color_range=2 if full else 1, dst_colorspace=5
     )
     stored.color_range = 2 if full else 1
@@ -377,7 +378,7 @@ def test_colours_come_out_as_they_went_in(form, colorspace):
     draw = np.random.default_rng(5)
     # Smooth, so that chroma is the same however it is spread over the pixels.
     coarse = draw.integers(30, 225, (4, 6, 3)).astype(np.uint8)
-    rgb = cv2.resize(coarse, (192, 128), interpolation=cv2.INTER_CUBIC)
+    rgb = np.asarray(cv2.resize(coarse, (192, 128), interpolation=cv2.INTER_CUBIC), np.uint8)
     frame = av.VideoFrame.from_ndarray(rgb, format="rgb24").reformat(
         format=form, dst_colorspace=colorspace if colorspace != 2 else 5
     )
