@@ -35,7 +35,7 @@ help: ## list what can be made
 	@echo
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14 | sed 's/^/  make /'
 	@echo
-	@echo "  settings: SOURCES=folder|file|glob|URL|list.txt  CORPUS=$(CORPUS)  PIPELINE=$(PIPELINE)"
+	@echo "  settings: SOURCES=folder|file|glob|URL|list  CORPUS=$(CORPUS)  PIPELINE=$(PIPELINE)"
 	@echo "            RECIPE=$(RECIPE)  Q='clip_score > 0.2'  ARGS='--limit 5'  RAY_ADDRESS=host:port"
 
 setup: $(READY) ## install everything into .venv, from the lock

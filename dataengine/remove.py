@@ -11,7 +11,7 @@ import contextlib
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -183,18 +183,32 @@ def _clean_runs(corpus: Corpus, ids: frozenset[str], runs: Collection[str]) -> N
         for row in corpus.videos(["source", "video_id"]).to_pylist()
         if row["video_id"] in ids
     }
+    # Of all runs: one that was killed has listed the video, but has no ledger row of it.
+    for path in corpus.fs.glob(corpus.path("runs", "*", "sources.parquet")):
+        _forget_spans(corpus, str(path), sources)
     for run in runs:
-        path = corpus.path("runs", run, "sources.parquet")
-        if corpus.fs.exists(path):
-            _rewrite(corpus, path, None, lambda table: _without_spans(table, sources))
         if corpus.fs.exists(corpus.path("runs", run, "report.html")):
             with contextlib.suppress(CorpusError):
                 write_report(corpus, run)
 
 
-def _without_spans(table: pa.Table, sources: Collection[str]) -> pa.Table | None:
-    rows = table.to_pylist()
-    hit = [row for row in rows if row.get("spans") and row["source"] in sources]
-    for row in hit:
-        row["spans"] = None
-    return pa.Table.from_pylist(rows, schema=table.schema) if hit else None
+def _forget_spans(corpus: Corpus, path: str, sources: Collection[str]) -> None:
+    """Replaces a run's source list by one without the spans of the sources; it may be very long."""
+
+    def is_hit(row: dict[str, Any]) -> bool:
+        return bool(row.get("spans")) and row["source"] in sources
+
+    with corpus.fs.open(path, "rb") as opened, pq.ParquetFile(opened) as file:
+        if "spans" not in file.schema_arrow.names or not any(
+            map(is_hit, (row for batch in file.iter_batches() for row in batch.to_pylist()))
+        ):
+            return
+
+        def write(out: BinaryIO) -> None:
+            with pq.ParquetWriter(out, file.schema_arrow, compression="zstd") as writer:
+                for batch in file.iter_batches():
+                    rows = batch.to_pylist()
+                    kept = [row | {"spans": None} if is_hit(row) else row for row in rows]
+                    writer.write_table(pa.Table.from_pylist(kept, schema=file.schema_arrow))
+
+        corpus.publish(path.removeprefix(f"{corpus.root}/"), write)
