@@ -331,7 +331,8 @@ def test_one_process_at_a_time_fetches_a_video(tmp_path):
 
 
 @pytest.mark.parametrize("path", ["ok/a.mp4", "watch/ok/a"])
-def test_private_addresses_are_refused_before_a_byte_is_sent(server, tmp_path, path):
+def test_private_addresses_are_refused_before_a_byte_is_sent(server, tmp_path, monkeypatch, path):
+    monkeypatch.setenv("no_proxy", "localhost")
     for host in ("127.0.0.1", "localhost", "2130706433", "[::ffff:127.0.0.1]"):
         assert fault_of(server.url(path, host), tmp_path, allow_private=False) == "private_address"
     assert server.hits == []
@@ -511,6 +512,15 @@ def test_proxies_take_turns_and_stay_secret(server, tmp_path):
     private = "http://10.0.0.1/ok/a.mp4"
     reason = fault_of(private, tmp_path, proxies=[server.url("")], allow_private=False)
     assert reason == "private_address"
+
+
+@pytest.mark.parametrize("path", ["ok/a.mp4", "ok/a"])
+def test_the_environments_proxy_is_no_way_around_the_guard(server, tmp_path, monkeypatch, path):
+    monkeypatch.setenv("http_proxy", server.url(""))
+    assert fault_of(f"http://10.0.0.1/{path}", tmp_path, allow_private=False) == "private_address"
+    assert server.hits == []
+    fault_of(f"http://8.8.8.8/{path}", tmp_path, allow_private=False, retries=0)
+    assert server.hits
 
 
 @pytest.mark.parametrize("path", ["ok/a.mp4", "watch/ok/a"])

@@ -82,12 +82,17 @@ def guarded(allow: bool | tuple[str, ...], proxies: Sequence[str] = ()) -> Itera
     if not _installed:
         sys.addaudithook(_hook)
         _installed = True
-    named = [*proxies, *urllib.request.getproxies().values()]
+    named = [*proxies, *environment_proxies()]
     before, _rules = _rules, _Rules(allow, frozenset(_addresses(_hosts(named))))
     try:
         yield
     finally:
         _rules = before
+
+
+def environment_proxies() -> list[str]:
+    """Returns the proxies that the environment names; ``no_proxy`` names hosts, not proxies."""
+    return [url for scheme, url in urllib.request.getproxies().items() if scheme != "no"]
 
 
 def check_host(host: str, allow: bool | Sequence[str]) -> None:

@@ -133,8 +133,9 @@ class PoliteAdapter(BaseAdapter):
         repeatable = request.method in ("GET", "HEAD") and url not in visit.given_up
         tries_left = visit.settings.retries if repeatable else 0
         tries = 0
-        if visit.proxy:
+        if visit.proxy or guard.environment_proxies():
             guard.check_host(host, visit.settings.allow_private)
+        if visit.proxy:
             # What the host sees, and counts, is the proxy's address.
             place = f"{host} through {urlsplit(visit.proxy).netloc.rpartition('@')[2]}"
         if "Range" in request.headers and url in visit.tags:
