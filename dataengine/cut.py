@@ -15,6 +15,7 @@ never costs the clip.
 
 import contextlib
 import math
+import mmap
 import os
 import resource
 import subprocess
@@ -186,15 +187,19 @@ def _attempt(
     Raises:
         InexactCutError: If ffmpeg fails, or other frames are visible than asked for.
     """
-    if size is None:
-        try:
-            return _checked(
-                path, info, frame_us, None, _remux(path, info, frame_us, timeout_s, sound)
-            )
-        except InexactCutError:
-            pass  # ffmpeg mends time stamps and bitstreams that libav's muxer refuses
-    data = _run_ffmpeg(path, info, frame_us, size, timeout_s, lead_us, sound)
-    return _checked(path, info, frame_us, size, data)
+    with tempfile.TemporaryDirectory(prefix="dataengine-") as folder:
+        if size is None:
+            try:
+                _remux(path, info, frame_us, timeout_s, folder, sound)
+                return _checked(path, info, frame_us, None, folder)
+            except InexactCutError:
+                pass  # ffmpeg mends time stamps and bitstreams that libav's muxer refuses
+        _run_ffmpeg(path, info, frame_us, size, timeout_s, lead_us, folder, sound)
+        return _checked(path, info, frame_us, size, folder)
+
+
+def _clip_path(folder: str) -> str:
+    return os.path.join(folder, "clip.mp4")
 
 
 def _checked(
@@ -202,19 +207,22 @@ def _checked(
     info: media.MediaInfo,
     frame_us: Sequence[int],
     size: tuple[int, int] | None,
-    muxed: bytes,
+    folder: str,
 ) -> Cut:
-    """Returns a clip with exact edit lists, after comparing what it shows with what it should.
+    """Returns the clip in a folder with exact edit lists, if it shows what it should.
+
+    The clip stays on disk up to the end: one of half an hour is as large as its source.
 
     Raises:
         InexactCutError: If other frames are visible than asked for.
     """
-    data = bytearray(muxed)
+    clip = _clip_path(folder)
     length = Fraction(frame_us[-1] - frame_us[0], 1_000_000)
     try:
-        set_edits(data, length)
-        shown = read_timeline(bytes(data))
-    except (MediaError, ValueError) as error:
+        with open(clip, "r+b") as file, mmap.mmap(file.fileno(), 0) as data:
+            set_edits(data, length)
+        shown = read_timeline(clip)
+    except (MediaError, OSError, ValueError) as error:
         raise InexactCutError(f"no frame came out ({error})") from error
     if len(shown.video_us) != len(frame_us) - 1:
         raise InexactCutError(f"{len(shown.video_us)} frames instead of {len(frame_us) - 1}")
@@ -223,16 +231,22 @@ def _checked(
         raise InexactCutError(f"a frame is off by {worst_us / 1000:.1f} ms")
     if size is None and not starts_clean(shown.codec, shown.key_packet, shown.extradata):
         key_us = frame_us[0] + round(shown.key_us)
-        _compare_first(path, bytes(data), frame_us[0], key_us)
+        _compare_first(path, clip, frame_us[0], key_us)
     has_audio = shown.audio_us is not None and shown.audio_us < length * 1_000_000
     width, height = size or (info.width, info.height)
-    return Cut(bytes(data), "copy", "", width, height, has_audio)
+    with open(clip, "rb") as file:
+        return Cut(file.read(), "copy", "", width, height, has_audio)
 
 
 def _remux(
-    path: str, info: media.MediaInfo, frame_us: Sequence[int], timeout_s: float, sound: Sound
-) -> bytes:
-    """Returns an MP4 that holds at least the wanted frames, copied packet by packet.
+    path: str,
+    info: media.MediaInfo,
+    frame_us: Sequence[int],
+    timeout_s: float,
+    folder: str,
+    sound: Sound,
+) -> None:
+    """Writes an MP4 that holds at least the wanted frames, copied packet by packet.
 
     Starting ffmpeg and letting it probe the file would take three times as long.
 
@@ -243,20 +257,16 @@ def _remux(
     """
     deadline = time.monotonic() + timeout_s
     options = {"movflags": "faststart", "movie_timescale": str(MOVIE_TIMESCALE)}
-    with tempfile.TemporaryDirectory(prefix="dataengine-") as folder:
-        out = os.path.join(folder, "clip.mp4")
-        try:
-            with media.open_container(path, _NO_DECODING) as source:
-                target: Any
-                with av.open(out, "w", format="mp4", options=options) as target:
-                    target.flags |= _BITEXACT
-                    for _ in _copy_packets(source, target, info, frame_us, sound):
-                        if time.monotonic() > deadline:
-                            raise MediaError("cut_timeout", f"over {timeout_s:g} s")
-        except (FFmpegError, OSError, ValueError) as error:
-            raise _ToolError(getattr(error, "strerror", None) or str(error)) from error
-        with open(out, "rb") as file:
-            return file.read()
+    try:
+        with media.open_container(path, _NO_DECODING) as source:
+            target: Any
+            with av.open(_clip_path(folder), "w", format="mp4", options=options) as target:
+                target.flags |= _BITEXACT
+                for _ in _copy_packets(source, target, info, frame_us, sound):
+                    if time.monotonic() > deadline:
+                        raise MediaError("cut_timeout", f"over {timeout_s:g} s")
+    except (FFmpegError, OSError, ValueError) as error:
+        raise _ToolError(getattr(error, "strerror", None) or str(error)) from error
 
 
 _BITEXACT = 0x0400  # AVFMT_FLAG_BITEXACT: no version of libav in the file
@@ -399,9 +409,10 @@ def _run_ffmpeg(
     size: tuple[int, int] | None,
     timeout_s: float,
     lead_us: int | None,
+    folder: str,
     sound: Sound,
-) -> bytes:
-    """Returns an MP4 that holds at least the wanted frames; its edit list is still ffmpeg's."""
+) -> None:
+    """Writes an MP4 that holds at least the wanted frames; its edit list is still ffmpeg's."""
     early_us = _early_us(frame_us)
     # Frames too many do not matter in a copy; the edit list hides them.
     start_us, end_us = frame_us[0] - early_us, frame_us[-1] - (early_us if size else 0)
@@ -449,19 +460,17 @@ def _run_ffmpeg(
             "fps_mode": "passthrough",
             "enc_time_base": "demux",
         }
-    with tempfile.TemporaryDirectory(prefix="dataengine-") as folder:
-        out = os.path.join(folder, "clip.mp4")
-        if size is not None and (info.transfer or info.wide_gamut):
-            with open(os.path.join(folder, "to_bt709.cube"), "w") as file:
-                file.write(hdr.cube(info.transfer, info.wide_gamut))
-        command = ffmpeg.compile(
-            ffmpeg.output(*streams, out, **target).global_args("-nostdin", "-v", "error"),
-            cmd=imageio_ffmpeg.get_ffmpeg_exe(),
-            overwrite_output=True,
-        )
-        _run_limited(command, folder, timeout_s)
-        with open(out, "rb") as file:
-            return file.read()
+    if size is not None and (info.transfer or info.wide_gamut):
+        with open(os.path.join(folder, "to_bt709.cube"), "w") as file:
+            file.write(hdr.cube(info.transfer, info.wide_gamut))
+    command = ffmpeg.compile(
+        ffmpeg.output(*streams, _clip_path(folder), **target).global_args(
+            "-nostdin", "-v", "error"
+        ),
+        cmd=imageio_ffmpeg.get_ffmpeg_exe(),
+        overwrite_output=True,
+    )
+    _run_limited(command, folder, timeout_s)
 
 
 def _filters(info: media.MediaInfo, size: tuple[int, int]) -> str:
@@ -550,7 +559,7 @@ def _unit_headers(packet: bytes, extradata: bytes, length_at: int) -> Iterator[i
             yield from unit[:1]
 
 
-def _compare_first(path: str, clip: bytes, first_us: int, key_us: int) -> None:
+def _compare_first(path: str, clip: str, first_us: int, key_us: int) -> None:
     """Checks a clip's first frame against the source's, decoded from one key frame earlier.
 
     Raises:
@@ -596,7 +605,7 @@ class Timeline:
     extradata: bytes
 
 
-def read_timeline(data: bytes) -> Timeline:
+def read_timeline(source: str | bytes) -> Timeline:
     """Returns what an MP4 shows, as libav understands its edit lists.
 
     Raises:
@@ -605,7 +614,7 @@ def read_timeline(data: bytes) -> Timeline:
     ticks: list[int] = []
     audio_us: float | None = None
     key: tuple[bytes, int] = b"", 0
-    with media.open_container(data, _NO_DECODING) as container:
+    with media.open_container(source, _NO_DECODING) as container:
         stream = media.video_stream(container)
         for packet in container.demux():
             stamp = packet.pts

@@ -5,6 +5,7 @@ An edit list says which part of each track is shown, and when. Source: ISO/IEC 1
 """
 
 import contextlib
+import mmap
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ MAX_BOXES = 10_000
 """Boxes of an index: there are a dozen for each track."""
 MAX_SAMPLES = 20_000_000
 """Frames or packets of a track: 90 hours at 60 a second, and a gigabyte of libav's index."""
+
+Buffer = bytearray | mmap.mmap
+"""A whole file that can be changed."""
 
 _Span = tuple[int, int]
 """Start and end of a box's content in the file."""
@@ -68,7 +72,7 @@ def check_tables(path: str) -> None:
     raise ValueError(f"more than {MAX_BOXES} boxes before its index ends")
 
 
-def set_edits(data: bytearray, length: Fraction) -> None:
+def set_edits(data: Buffer, length: Fraction) -> None:
     """Rewrites an MP4's edit lists, in place, so that they begin with a frame and end on time.
 
     The first frame that was visible comes to time 0, and everything else keeps its distance to it.
@@ -120,7 +124,7 @@ def set_edits(data: bytearray, length: Fraction) -> None:
     _write_duration(data, mvhd, longest, 16)
 
 
-def _frame_ticks(data: bytearray, trak: _Span) -> np.ndarray:
+def _frame_ticks(data: Buffer, trak: _Span) -> np.ndarray:
     """Returns when the frames of a track are shown, int64 [frames] in its own ticks, edits ignored.
 
     Source: 8.6.1.2 and 8.6.1.3 of the standard.
@@ -133,7 +137,7 @@ def _frame_ticks(data: bytearray, trak: _Span) -> np.ndarray:
     return ticks
 
 
-def _runs(data: bytearray, span: _Span) -> np.ndarray:
+def _runs(data: Buffer, span: _Span) -> np.ndarray:
     """Returns the values of an stts or ctts box, one for each sample, int64."""
     (count,) = struct.unpack_from(">I", data, span[0] + 4)
     # Negative offsets belong to version 1, but stand in version 0 as well.
@@ -155,7 +159,7 @@ class _Track:
     tkhd: _Span
 
 
-def _read_track(data: bytearray, trak: _Span, movie_scale: int) -> _Track:
+def _read_track(data: Buffer, trak: _Span, movie_scale: int) -> _Track:
     mdia = _box(data, trak, "mdia")
     mdhd, hdlr = _box(data, mdia, "mdhd"), _box(data, mdia, "hdlr")
     elst = _box(data, _box(data, trak, "edts"), "elst")
@@ -173,7 +177,7 @@ def _read_track(data: bytearray, trak: _Span, movie_scale: int) -> _Track:
     )
 
 
-def _boxes(data: bytearray, span: _Span) -> Iterator[tuple[str, int, int]]:
+def _boxes(data: Buffer, span: _Span) -> Iterator[tuple[str, int, int]]:
     """Yields (type, start, end) of the boxes in a span; start is behind the box's header."""
     position, stop = span
     while position + 8 <= stop:
@@ -188,7 +192,7 @@ def _boxes(data: bytearray, span: _Span) -> Iterator[tuple[str, int, int]]:
         position += max(size, header)
 
 
-def _box(data: bytearray, span: _Span, name: str) -> _Span:
+def _box(data: Buffer, span: _Span, name: str) -> _Span:
     """Returns the content of the first box of a type.
 
     Raises:
@@ -200,18 +204,18 @@ def _box(data: bytearray, span: _Span, name: str) -> _Span:
     raise ValueError(f"no {name} box")
 
 
-def _timescale(data: bytearray, span: _Span) -> int:
+def _timescale(data: Buffer, span: _Span) -> int:
     """Returns the timescale of an mvhd or mdhd box."""
     return struct.unpack_from(">I", data, span[0] + (20 if data[span[0]] else 12))[0]
 
 
-def _duration(data: bytearray, span: _Span) -> int:
+def _duration(data: Buffer, span: _Span) -> int:
     """Returns the duration of an mdhd box."""
     wide = data[span[0]]
     return struct.unpack_from(">Q" if wide else ">I", data, span[0] + (24 if wide else 16))[0]
 
 
-def _write_duration(data: bytearray, span: _Span, value: int, offset: int) -> None:
+def _write_duration(data: Buffer, span: _Span, value: int, offset: int) -> None:
     """Writes the duration of a tkhd or mvhd box.
 
     Args:
@@ -226,7 +230,7 @@ def _write_duration(data: bytearray, span: _Span, value: int, offset: int) -> No
         struct.pack_into(">I", data, span[0] + offset, value)
 
 
-def _read_edits(data: bytearray, span: _Span, movie_scale: int) -> tuple[Fraction, int]:
+def _read_edits(data: Buffer, span: _Span, movie_scale: int) -> tuple[Fraction, int]:
     """Returns a track's delay in seconds and the media time that is shown first."""
     form, size = (">Qqhh", 20) if data[span[0]] else (">Iihh", 12)
     (count,) = struct.unpack_from(">I", data, span[0] + 4)
@@ -239,7 +243,7 @@ def _read_edits(data: bytearray, span: _Span, movie_scale: int) -> tuple[Fractio
     return delay, 0
 
 
-def _write_edits(data: bytearray, span: _Span, edits: Sequence[tuple[int, int]]) -> None:
+def _write_edits(data: Buffer, span: _Span, edits: Sequence[tuple[int, int]]) -> None:
     """Writes a track's edit list over the old one; what is left over becomes a ``free`` box."""
     start, end = span
     form, size = (">Qqhh", 20) if data[start] else (">Iihh", 12)

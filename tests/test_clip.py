@@ -3,6 +3,7 @@ import io
 import struct
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -328,7 +329,8 @@ def test_encoded_clips_are_easy_to_seek_in(tmp_path):
         info, times = reader.info, [frame.time_us for frame in reader]
     clip = cut(str(path), info, times)
     with av.open(io.BytesIO(clip.data)) as container:
-        packets = list(container.demux(container.streams.video[0]))
+        reader: Any = container
+        packets = list(reader.demux(container.streams.video[0]))
         assert max(np.diff([i for i, p in enumerate(packets) if p.is_keyframe])) <= 48
     with media.VideoReader(clip.data) as reader:
         assert {frame.picture.format.name for frame in reader} == {"yuv420p"}
