@@ -149,7 +149,9 @@ def _with_sound(
                 raise
             sound_why = str(error)
             continue
-        return replace(clip, sound=sound if clip.has_audio else "none", sound_why=sound_why)
+        if sound != "none" and not clip.has_audio:
+            return clip  # the sound begins later, or ended before
+        return replace(clip, sound=sound, sound_why=sound_why)
     raise AssertionError("the last way returns or raises")
 
 
