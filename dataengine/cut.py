@@ -479,7 +479,7 @@ def _filters(info: media.MediaInfo, size: tuple[int, int]) -> str:
     """Returns ffmpeg's filters for an encoded clip: its size, square pixels, BT.709 if it was HDR."""
     scale = f"scale={size[0]}:{size[1]}:flags=area"
     if not (info.transfer or info.wide_gamut):
-        return f"{scale},setsar=1"
+        return f"{scale}:out_range=limited,setsar=1"
     tags = "color_primaries=bt709:color_trc=bt709"
     return (
         f"{scale},format=gbrp16le,lut3d=file=to_bt709.cube,setparams={tags}:colorspace=gbr,"

@@ -324,6 +324,19 @@ def test_the_bytes_of_encoded_clips_repeat(tmp_path):
     assert clip.data == cut(str(path), info, times[10:31]).data
 
 
+def test_encoded_clips_of_full_range_sources_keep_their_colours(tmp_path):
+    path = make_video(tmp_path / "a.avi", (20,), codec="mjpeg", pix_fmt="yuvj420p")
+    info, times, _ = source(path)
+    clip = cut(str(path), info, times)
+    with media.VideoReader(str(path)) as reader:
+        theirs = media.upright_rgb(next(iter(reader)).picture, reader.info, 720)
+    with media.VideoReader(clip.data) as reader:
+        shown = next(iter(reader)).picture
+        ours = media.upright_rgb(shown, reader.info, 720)
+    assert (clip.mode, shown.format.name) == ("encode", "yuv420p")
+    assert np.abs(ours.astype(int) - theirs).mean() < 3
+
+
 def test_encoded_clips_are_easy_to_seek_in(tmp_path):
     path = make_video(tmp_path / "a.webm", codec="libvpx", size=(191, 127))
     with media.VideoReader(str(path)) as reader:
