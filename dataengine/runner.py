@@ -290,7 +290,7 @@ class _CorpusSink(ray.data.Datasink):
             row_group_bytes=self._shards.row_group_mb << 20,
         )
         for video in videos:
-            if records.is_url(video["source"]):
+            if records.is_url(video["source"]) or records.is_object(video["source"]):
                 for cache in self._caches:
                     forget(cache, video["video_id"])
 

@@ -300,7 +300,7 @@ def test_english_is_kept_taken_from_subtitles_or_unknown():
     english = [columns_of(outcome) for outcome in run(TranslateStage, rows)]
     assert [row["transcript_en"] for row in english] == ["Good day", "Hello", None, None, None]
     models = [[entry["model"] for entry in row["provenance"]] for row in english]
-    assert models == [["source"], ["subtitles:en"], [], [], []]
+    assert models == [["source"], ["subtitles"], [], [], []]
 
 
 # --------------------------------------------------------------------------------------- fusion

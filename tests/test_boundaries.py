@@ -16,6 +16,10 @@ FORBIDDEN = {
     "dataengine/corpus.py": ("ray", "torch", "av", "duckdb", "dataengine.stage"),
     "dataengine/media.py": ("ray", "dataengine.stages", "dataengine.models", "dataengine.runner"),
     "dataengine/models/*.py": ("ray", "dataengine.stages", "dataengine.runner"),
+    "dataengine/fetch/*.py": (
+        *("ray", "av", "dataengine.stages", "dataengine.models", "dataengine.runner"),
+        "dataengine.corpus",
+    ),
     "dataengine/stages/*.py": ("ray", "av", "dataengine.runner", "dataengine.corpus"),
     "dataengine/**/*.py": ("training",),
     "training/**/*.py": ("ray", "dataengine.stages", "dataengine.models", "dataengine.runner"),

@@ -58,7 +58,7 @@ class TranslateStage(Stage):
             return transcript, "source", "1"
         cues = cut_cues(row.get("_subtitles"), "en", row["start_ms"], row["end_ms"])
         english = join_segments(cues)
-        return (english, "subtitles:en", "") if english else None
+        return (english, "subtitles", "en") if english else None
 
     def _columns(self, answer: tuple[str, str, str] | None) -> Row:
         if answer is None:
