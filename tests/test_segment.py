@@ -284,7 +284,7 @@ def test_flicker_is_merged_and_announced_late_but_within_the_lag():
         ("film.mkv", {"fps": 24000 / 1001}, [0, 2085, 3754, None]),
     ],
 )
-@pytest.mark.parametrize("detector", [{"kind": "content"}, {"kind": "adaptive"}])
+@pytest.mark.parametrize("detector", [{"kind": k} for k in ("content", "adaptive", "transnetv2")])
 def test_shots_begin_at_the_known_cuts(name, arguments, boundaries_ms, detector, tmp_path):
     path = make_video(tmp_path / name, **arguments)
     rows = clips(path, detector=detector)
