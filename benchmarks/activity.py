@@ -20,7 +20,7 @@ from dataengine import media
 from dataengine.activity import ActivityMeter
 from dataengine.sources import VIDEO_SUFFIXES
 from dataengine.stage import Kept
-from dataengine.stages.segment import SegmentStage
+from dataengine.stages.segment import SegmentConfig, SegmentStage
 
 MAX_STILL, MAX_JUMPS = 0.9, 4.0
 """As in pipelines/internvid_clips.yaml."""
@@ -97,7 +97,7 @@ def summary(
 
 def score_videos(folder: Path) -> list[dict[str, Any]]:
     """Returns the clips that content detection gives, with their scores."""
-    stage = SegmentStage(SegmentStage.Config(num_frames=1, frame_short_side=64, min_clip_ms=500))
+    stage = SegmentStage(SegmentConfig(num_frames=1, frame_short_side=64, min_clip_ms=500))
     stage.setup()
     clips = []
     for path in sorted(folder.iterdir()):

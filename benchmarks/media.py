@@ -120,7 +120,7 @@ def work(files: Sequence[str]) -> None:
     from dataengine.stages.segment import SegmentConfig, SegmentStage
 
     segment, clip = SegmentStage(SegmentConfig(num_frames=16)), ClipStage(ClipConfig())
-    build_shot_detector(ContentSettings(), 25)  # what it imports belongs to starting up
+    build_shot_detector(ContentSettings())  # what it imports belongs to starting up
     segment.setup()
     clip.setup()
     clips = encoded = frames = 0

@@ -120,7 +120,7 @@ def _peak_mb(way: str, num_frames: int) -> float:
     if way == "package":
         run_package(load_package(), random_frames(num_frames))
     else:
-        detector = build_shot_detector(TransNetSettings(), FPS)
+        detector = build_shot_detector(TransNetSettings())
         rng = np.random.default_rng(0)
         for number in range(num_frames):
             frame = rng.integers(0, 256, (68, 120, 3), np.uint8)
@@ -184,7 +184,7 @@ def measure_accuracy(folder: Path, autoshot: str | None) -> dict[str, Any]:
     for name, video in videos.items():
         with media.VideoReader(str(folder / "videos" / name)) as reader:
             fps = reader.info.fps or 25.0
-            detectors = [build_shot_detector(choice, fps) for choice in settings]
+            detectors = [build_shot_detector(choice) for choice in settings]
             found: list[list[int]] = [[] for _ in detectors]
             frame_px = max(detector.frame_px for detector in detectors)
             times_us = []

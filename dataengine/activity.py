@@ -93,8 +93,11 @@ class ActivityMeter:
 
 def is_still(one_bgr: np.ndarray, other_bgr: np.ndarray) -> bool:
     """Returns whether next to nothing differs between two small pictures, in any colour."""
-    moved = np.count_nonzero(cv2.absdiff(one_bgr, other_bgr).max(axis=2) > STILL_LEVEL)
-    return bool(moved < STILL_SHARE * one_bgr.shape[0] * one_bgr.shape[1])
+    difference = cv2.absdiff(one_bgr, other_bgr)
+    num_pixels = difference.shape[0] * difference.shape[1]
+    # OpenCV takes 7 us for this, NumPy's maximum over colours 126 us.
+    unmoved = cv2.inRange(difference, (0, 0, 0), (STILL_LEVEL, STILL_LEVEL, STILL_LEVEL))
+    return num_pixels - cv2.countNonZero(unmoved) < STILL_SHARE * num_pixels
 
 
 def levels_changed(one_luma: np.ndarray, other_luma: np.ndarray) -> float:

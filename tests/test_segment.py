@@ -242,7 +242,7 @@ def test_pieces_of_a_shot_without_end_are_all_sampled():
 
 @pytest.mark.parametrize("settings", [ContentSettings(), AdaptiveSettings()])
 def test_detectors_find_cuts_within_their_lag(settings):
-    detector = build_shot_detector(settings, 25.0)
+    detector = build_shot_detector(settings)
     found = []
     for n in range(200):
         value = (20, 200, 90, 240)[n // 50]
@@ -256,7 +256,7 @@ def test_detectors_find_cuts_within_their_lag(settings):
 
 
 def test_flicker_is_merged_and_announced_late_but_within_the_lag():
-    detector = build_shot_detector(ContentSettings(), 25.0)
+    detector = build_shot_detector(ContentSettings())
     found, late_us = [], []
     for n in range(150):
         flicker = 60 <= n <= 80 and n % 2

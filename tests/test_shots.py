@@ -43,7 +43,7 @@ def test_transnetv2_begins_shots_with_their_first_frames():
     cuts, num = [23, 74, 75 + 40, 160], 180
     scenes = [scene(seed) for seed in range(5)]
     frames = [scenes[np.searchsorted(cuts, n, side="right")](n) for n in range(num)]
-    detector = build_shot_detector(TransNetSettings(), 25.0)
+    detector = build_shot_detector(TransNetSettings())
     assert detect(detector, frames) == cuts
     assert detector.name == "transnetv2"
     assert "threshold 0.5" in detector.revision
@@ -56,18 +56,18 @@ def test_transnetv2_sees_a_dissolve_once():
         (before(n) * (1 - weight) + after(n) * weight).astype(np.uint8)
         for n, weight in enumerate(weights)
     ]
-    (boundary,) = detect(build_shot_detector(TransNetSettings(), 25.0), frames)
+    (boundary,) = detect(build_shot_detector(TransNetSettings()), frames)
     assert 40 <= boundary <= 52
 
 
 @pytest.mark.parametrize("shape", [(9, 16, 3), (1, 1, 3), (200, 90, 3)])
 def test_pictures_of_any_shape_are_taken(shape):
-    detector = build_shot_detector(TransNetSettings(), 0.0)
+    detector = build_shot_detector(TransNetSettings())
     assert detect(detector, [np.zeros(shape, np.uint8)] * 3) == []
 
 
 def test_a_video_without_frames_has_no_boundary():
-    assert build_shot_detector(TransNetSettings(), 25.0).flush() == []
+    assert build_shot_detector(TransNetSettings()).flush() == []
 
 
 class ScriptedNetwork:
@@ -100,7 +100,7 @@ def test_a_shot_begins_after_the_run_above_the_threshold(
     frames = np.zeros((120, 27, 48, 3), np.uint8)
     frames[..., 2] = 50  # not above 0.5, and red comes last in BGR
     frames[list(run), ..., 2] = 51
-    detector = build_shot_detector(TransNetSettings(batch_windows=batch_windows), 25.0)
+    detector = build_shot_detector(TransNetSettings(batch_windows=batch_windows))
     assert detect(detector, frames) == boundaries
 
 
@@ -109,7 +109,7 @@ def test_autoshot_runs_from_a_checkpoint(tmp_path):
     path = tmp_path / "ckpt_0_200_0.pth"
     torch.save({"net": {key: torch.from_numpy(values) for key, values in weights.items()}}, path)
     settings = AutoShotSettings(weights_path=str(path), threshold=0.999)
-    detector = build_shot_detector(settings, 25.0)
+    detector = build_shot_detector(settings)
     assert detect(detector, [scene(0)(n) for n in range(20)]) == []
     assert detector.name == "autoshot"
     assert "threshold 0.999" in detector.revision

@@ -9,7 +9,7 @@ everything else that needs frames.
 from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Mapping, Sequence
-from fractions import Fraction
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 import cv2
@@ -139,12 +139,11 @@ ShotSettings = Annotated[
 ]
 
 
-def build_shot_detector(settings: ShotSettings, fps: float) -> ShotDetector:
+def build_shot_detector(settings: ShotSettings) -> ShotDetector:
     """Returns a fresh detector for one video.
 
     Args:
         settings: Which detector, and its thresholds.
-        fps: The video's average rate, a hint only: decisions are made on time.
 
     Raises:
         DependencyError: If a network's weights are missing or do not fit.
@@ -153,7 +152,7 @@ def build_shot_detector(settings: ShotSettings, fps: float) -> ShotDetector:
         case WholeSettings():
             return WholeDetector()
         case ContentSettings() | AdaptiveSettings():
-            return SceneDetectDetector(settings, fps)
+            return SceneDetectDetector(settings)
         case TransNetSettings() | AutoShotSettings():
             return NetworkDetector(settings)
 
@@ -237,15 +236,13 @@ class SceneDetectDetector:
 
     frame_px = 120  # finds the same as PySceneDetect's own 256 (measured on 48 videos)
 
-    def __init__(self, settings: ContentSettings | AdaptiveSettings, fps: float) -> None:
+    def __init__(self, settings: ContentSettings | AdaptiveSettings) -> None:
         import scenedetect
         from scenedetect import detectors
 
         self.name = f"scenedetect/{settings.kind}"
         self.revision = f"{scenedetect.__version__}, threshold {settings.threshold:g}"
         self._settings = settings
-        # PySceneDetect wants a rate beside every time; no decision depends on it.
-        self._fps = Fraction(fps if fps > 0 else 25.0).limit_denominator(100_000)
         self._detector: Any
         if isinstance(settings, ContentSettings):
             self._detector = detectors.ContentDetector(
@@ -258,8 +255,7 @@ class SceneDetectDetector:
                 window_width=settings.window,
                 min_content_val=settings.min_content,
             )
-        self._zero_us: int | None = None
-        self._last: Any = None
+        self._last: _Time | None = None
 
     def lag_us(self, frame_us: int) -> int:
         """Returns the length of the merge window, or half the averaging window."""
@@ -269,13 +265,7 @@ class SceneDetectDetector:
 
     def push(self, time_us: int, frame_bgr: np.ndarray) -> list[int]:
         """Takes a frame, returns the boundaries that are certain now; see `ShotDetector`."""
-        from scenedetect.common import FrameTimecode, Timecode
-
-        if self._zero_us is None:
-            self._zero_us = time_us  # PySceneDetect refuses negative times
-        self._last = FrameTimecode(
-            Timecode(time_us - self._zero_us, Fraction(1, 1_000_000)), self._fps
-        )
+        self._last = _Time(time_us)
         return self._times(self._detector.process_frame(self._last, frame_bgr))
 
     def flush(self) -> list[int]:
@@ -283,7 +273,21 @@ class SceneDetectDetector:
         return self._times(self._detector.post_process(self._last)) if self._last else []
 
     def _times(self, cuts: list[Any]) -> list[int]:
-        return [cut.pts + self._zero_us for cut in cuts]
+        return [cut.pts for cut in cuts]
+
+
+@dataclass(frozen=True, slots=True)
+class _Time:
+    """What the detectors ask of PySceneDetect's ``FrameTimecode``: a time, and seconds between two.
+
+    The original counts in fractions, which costs more than looking at the picture does.
+    """
+
+    pts: int  # microseconds
+    frame_rate: float = 25.0  # no decision of theirs depends on it
+
+    def __sub__(self, other: "_Time") -> float:
+        return (self.pts - other.pts) / 1e6
 
 
 class NetworkDetector:

@@ -86,12 +86,16 @@ class SegmentConfig(Stage.Config):
     """Longer videos are dropped as ``too_long``, unless their spans are given."""
     max_pixels: int = Field(default=8192 * 4320, ge=1)
     """Videos with more pixels per frame are dropped as ``too_large``."""
+    hwaccel: media.Hardware | None = None
+    """Decodes on hardware where there is some, else on the processor; ``auto`` takes what it finds."""
     max_memory_mb: int = Field(default=4096, ge=256)
     """A video with which the process grows beyond this is dropped as ``segment_memory``."""
     timeout_s: float = Field(default=3600.0, gt=0)
     """Decoding a video longer than this fails it as ``segment_timeout``."""
 
-    neutral: ClassVar[frozenset[str]] = frozenset({"resources", "max_memory_mb", "timeout_s"})
+    neutral: ClassVar[frozenset[str]] = frozenset(
+        {"resources", "hwaccel", "max_memory_mb", "timeout_s"}
+    )
 
 
 class SegmentStage(Stage):
@@ -123,7 +127,7 @@ class SegmentStage(Stage):
         """Loads the detectors' networks, and keeps OpenCV to one thread: actors share the cores."""
         cv2.setNumThreads(1)
         for settings in (self.config.detector, *self.config.also):
-            build_shot_detector(settings, 25.0)  # missing weights stop the run here
+            build_shot_detector(settings)  # missing weights stop the run here
 
     def process(self, batch: Sequence[Row]) -> list[Outcome]:
         """Returns a `Kept` with all clips of each video, or the `Drop` that ended it."""
@@ -132,7 +136,9 @@ class SegmentStage(Stage):
     def _segment(self, row: Row) -> Outcome:
         make = _GivenSpans if row.get("_spans") else _Shots
         try:
-            with media.VideoReader(row["_path"]) as reader:
+            with media.VideoReader(
+                row["_path"], hwaccel=self.config.hwaccel, max_pixels=self.config.max_pixels
+            ) as reader:
                 drop = self._refuse(reader.info, make is _GivenSpans)
                 return drop or make(self.config, row, reader).run()
         except MediaError as error:
@@ -279,18 +285,22 @@ class _Shots(_Pass):
     def __init__(self, config: SegmentConfig, row: Row, reader: media.VideoReader) -> None:
         super().__init__(config, row, reader)
         self.detectors: list[ShotDetector] = [
-            build_shot_detector(settings, self.info.fps)
-            for settings in (config.detector, *config.also)
+            build_shot_detector(settings) for settings in (config.detector, *config.also)
         ]
         self.found_us: list[list[int]] = [[] for _ in self.detectors]
         frame_us = round(1e6 / self.info.fps) if self.info.fps else 40_000
         self.max_clip_us = config.max_clip_ms * 1000 if config.max_clip_ms else None
-        self.sampler = FrameSampler(
-            config.num_frames, self.detectors[0].lag_us(frame_us), self.max_clip_us, self.jpeg
-        )
         # Seven: three per frame wanted in the lag, four on the grid.
-        picture_bytes = self.info.width * self.info.height * 3 // 2
-        self.shrink_first = picture_bytes * 7 * config.num_frames > HELD_BYTES
+        num_held = 7 * config.num_frames
+        num_fit = HELD_BYTES // max(self.info.width * self.info.height * 3 // 2, 1)
+        self.shrink_first = num_fit < num_held
+        self.sampler = FrameSampler(
+            config.num_frames,
+            self.detectors[0].lag_us(frame_us),
+            self.max_clip_us,
+            self.jpeg,
+            max_aside=max(num_fit - num_held, 0),
+        )
         self.clips: list[dict[str, Any]] = []
         self.first = 0  # of the shot that is open
 
