@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 import random
 import subprocess
+from fractions import Fraction
 from pathlib import Path
 
 import imageio_ffmpeg
 import numpy as np
 import pytest
+from scenedetect import FrameTimecode, detectors
+from scenedetect.common import Timecode
 
 from dataengine import media
 from dataengine.activity import ActivityMeter
@@ -253,6 +256,28 @@ def test_detectors_find_cuts_within_their_lag(settings):
             assert (n * 40_000 + 7_000) - boundary_us <= detector.lag_us(40_000)
     found += [(boundary_us - 7_000) // 40_000 for boundary_us in detector.flush()]
     assert found == [50, 100, 150]
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("min_scene_s", [0.0, 0.6, 2.0])
+def test_content_detection_is_that_of_pyscenedetect(seed, min_scene_s):
+    """Pictures whose differences lie around the threshold, at uneven times, flashes among them."""
+    draw = np.random.default_rng(seed)
+    ours = build_shot_detector(ContentSettings(min_scene_s=min_scene_s))
+    theirs = detectors.ContentDetector(threshold=27.0, min_scene_len=min_scene_s)
+    time_us, found, expected = 0, [], []
+    picture = draw.integers(0, 256, (24, 32, 3), np.uint8)
+    for _ in range(400):
+        time_us += int(draw.integers(10_000, 90_000))
+        if draw.random() < 0.05:
+            changed = draw.random((24, 32, 1)) < draw.uniform(0.2, 0.6)
+            picture = np.where(changed, draw.integers(0, 256, (24, 32, 3), np.uint8), picture)
+        found += ours.push(time_us, picture)
+        timecode = FrameTimecode(Timecode(time_us, Fraction(1, 1_000_000)), 25.0)
+        expected += [cut.pts for cut in theirs.process_frame(timecode, picture)]
+    assert found == expected
+    assert len(found) >= 2
+    assert ours.flush() == theirs.post_process(timecode) == []
 
 
 def test_flicker_is_merged_and_announced_late_but_within_the_lag():
