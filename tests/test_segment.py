@@ -276,7 +276,7 @@ def test_content_detection_is_that_of_pyscenedetect(seed, min_scene_s):
         timecode = FrameTimecode(Timecode(time_us, Fraction(1, 1_000_000)), 25.0)
         expected += [cut.pts for cut in theirs.process_frame(timecode, picture)]
     assert found == expected
-    assert len(found) >= 2
+    assert found
     assert ours.flush() == theirs.post_process(timecode) == []
 
 
