@@ -266,6 +266,7 @@ def test_content_detection_is_that_of_pyscenedetect(seed, min_scene_s):
     ours = build_shot_detector(ContentSettings(min_scene_s=min_scene_s))
     theirs = detectors.ContentDetector(threshold=27.0, min_scene_len=min_scene_s)
     time_us, found, expected = 0, [], []
+    timecode = FrameTimecode(0, 25.0)
     picture = draw.integers(0, 256, (24, 32, 3), np.uint8)
     for _ in range(400):
         time_us += int(draw.integers(10_000, 90_000))
