@@ -259,8 +259,8 @@ def remove(
 
     removal = run_remove(Corpus.open(corpus), video_id)
     _LIVE.print(
-        f"Removed {removal.num_videos:,} videos with {removal.num_clips:,} clips "
-        f"from {len(removal.shards):,} shards.",
+        f"Removed: {removal.num_videos:,} videos, {removal.num_clips:,} clips, "
+        f"{len(removal.shards):,} shards rewritten.",
         highlight=False,
     )
 

@@ -64,11 +64,13 @@ def snap_span(
         span_us: Start and end as published.
 
     Returns:
-        ``[first, last + 1)`` indices, at least one frame; None if the span starts after the end or
-        ends before the first frame.
+        ``[first, last + 1)`` indices, at least one frame; None if more than half of the span lies
+        outside the frames: what it was said of is not there.
     """
     start_us, stop_us = span_us
     if not times_us or start_us >= end_us or stop_us <= times_us[0]:
+        return None
+    if 2 * (min(stop_us, end_us) - max(start_us, times_us[0])) < stop_us - start_us:
         return None
     bounds = [*times_us, end_us]
     first = min(_nearest(bounds, start_us), len(times_us) - 1)

@@ -91,7 +91,7 @@ def apply_stage(
         if outcome is None:
             rows = ({},)
         elif isinstance(outcome, Drop):
-            rows = ({"_drop": _drop_row(stage, outcome)},)
+            rows = ({**outcome.columns, "_drop": _drop_row(stage, outcome)},)
         else:
             rows = outcome.rows
         origin.extend([index] * len(rows))
@@ -119,16 +119,18 @@ def _check(stage: Stage, inputs: list[Row], outcomes: Sequence[object]) -> None:
         if isinstance(outcome, Kept):
             if not outcome.rows:
                 raise StageError(f"Stage {stage.name} kept {item_id(row)} without any row")
-            extra = set().union(*outcome.rows) - allowed
-            if extra:
-                raise StageError(
-                    f"Stage {stage.name} wrote columns it does not declare: "
-                    + ", ".join(sorted(extra))
-                )
-        elif not isinstance(outcome, Drop):
+            written = set().union(*outcome.rows)
+        elif isinstance(outcome, Drop):
+            written = set(outcome.columns)
+        else:
             raise StageError(
                 f"Stage {stage.name} gave {type(outcome).__name__} for {item_id(row)}, "
                 "expected Kept or Drop"
+            )
+        if written - allowed:
+            raise StageError(
+                f"Stage {stage.name} wrote columns it does not declare: "
+                + ", ".join(sorted(written - allowed))
             )
 
 

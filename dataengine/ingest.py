@@ -251,6 +251,12 @@ def _say_plan(plan: Plan, console: Console) -> None:
             f"{plan.num_bad_spans}",
             highlight=False,
         )
+    if plan.num_more_captions:
+        console.print(
+            "warning: captions left out, because a clip has one and their spans were given several: "
+            f"{plan.num_more_captions}",
+            highlight=False,
+        )
 
 
 # ---------------------------------------------------------------------------------- run record

@@ -27,6 +27,7 @@ from dataengine.sources import (
     BAD_NAME,
     LISTED_SCHEMA,
     NOT_A_FILE,
+    REFUSED_SCHEME,
     UNREADABLE,
     VIDEO_SUFFIXES,
     Listed,
@@ -52,7 +53,10 @@ TODO_SCHEMA = pa.schema(
 
 _PIECE_ROWS = 10_000
 _MEMORY = "600MB"
-_NOT_FOR_EVER = (EXCLUDED, BAD_SPANS, BAD_ID, BAD_NAME, NOT_A_FILE, UNREADABLE)
+_NOT_FOR_EVER = (
+    *(EXCLUDED, BAD_SPANS, BAD_ID, BAD_NAME, NOT_A_FILE, UNREADABLE),
+    REFUSED_SCHEME,
+)
 """Refusals that may be lifted: these sources are looked at again by every run that lists them."""
 
 _HASH = re.compile(r"[0-9a-f]{16}")
@@ -72,6 +76,7 @@ class Plan:
         num_refused: Rows of the todo list that will end at once, each with its reason.
         num_again: The others that failed before.
         num_bad_spans: Given spans that cannot be, left out.
+        num_more_captions: Captions left out because their span has another one already.
         todo: Path of the Parquet file with what is to do, in the order of the words.
         listed: Path of the Parquet file with the column ``source`` of all sources.
     """
@@ -84,6 +89,7 @@ class Plan:
     num_refused: int
     num_again: int
     num_bad_spans: int
+    num_more_captions: int
     todo: Path
     listed: Path
 
@@ -477,6 +483,12 @@ def _write_plan(db: duckdb.DuckDBPyConnection, folder: Path, counts: Sequence[in
         "from (select source, is_again, num_bad from todo) left join refusals using (source)",
         [BAD_SPANS],
     )
+    (num_more_captions,) = _row(
+        db,
+        "select coalesce(sum(n - 1), 0) from (select count(distinct caption) as n from rows "
+        "semi join todo using (source) where start_ms is not null "
+        "group by source, start_ms, end_ms) where n > 1",
+    )
     num_listed, num_refused = _row(
         db, "select (select count(*) from listed), (select count(*) from refusals)"
     )
@@ -490,6 +502,7 @@ def _write_plan(db: duckdb.DuckDBPyConnection, folder: Path, counts: Sequence[in
         num_refused=num_refused,
         num_again=num_again,
         num_bad_spans=num_bad,
+        num_more_captions=num_more_captions,
         todo=todo,
         listed=listed,
     )

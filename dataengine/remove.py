@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from dataengine import records
 from dataengine.corpus import Corpus, write_small, writer_options
 from dataengine.errors import CorpusError
+from dataengine.plan import DUPLICATE
 from dataengine.report import write_report
 from dataengine.stages.download import forget
 
@@ -51,9 +52,9 @@ def remove(corpus: Corpus, video_ids: Collection[str]) -> Removal:
         CorpusError: If the ledger does not know one of the ids (then nothing is touched), or another
             run holds the corpus.
     """
-    ids = frozenset(video_ids)
+    asked = frozenset(video_ids)
     with corpus.locked():
-        shards, runs = _look_up(corpus, ids)
+        ids, num_videos, shards, runs = _look_up(corpus, asked)
         corpus.take_over(f"remove-{int(time.time() * 1000)}")
         corpus.sweep()
         for path in corpus.video_parts():
@@ -78,26 +79,40 @@ def remove(corpus: Corpus, video_ids: Collection[str]) -> Removal:
         if corpus.is_local:
             for video_id in ids:
                 forget(corpus.path("cache"), video_id)
-    return Removal(len(ids), num_clips, tuple(shards))
+    return Removal(num_videos, num_clips, tuple(shards) if num_clips else ())
 
 
-def _look_up(corpus: Corpus, ids: frozenset[str]) -> tuple[list[str], list[str]]:
-    """Returns the shards that hold the videos and the runs that worked on them."""
-    found = [
-        row
-        for path in corpus.video_parts()
-        for row in _read(corpus, path, ["video_id", "shard", "run_id"]).to_pylist()
-        if row["video_id"] in ids
+def _look_up(
+    corpus: Corpus, asked: frozenset[str]
+) -> tuple[frozenset[str], int, list[str], list[str]]:
+    """Finds the videos, their copies and where they are.
+
+    Returns:
+        The ids asked for and those of sources that ended as their duplicates; how many videos asked
+        for are not removed yet; the shards that hold them; the runs that worked on them.
+    """
+    columns = ["source", "video_id", "status", "reason", "detail", "shard", "run_id"]
+    rows = [
+        row for path in corpus.video_parts() for row in _read(corpus, path, columns).to_pylist()
     ]
-    unknown = sorted(ids - {row["video_id"] for row in found})
+    found = [row for row in rows if row["video_id"] in asked]
+    unknown = sorted(asked - {row["video_id"] for row in found})
     if unknown:
         more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
         raise CorpusError(
             f"No video {', '.join(unknown[:5])}{more} in {corpus.url}; nothing was removed",
             'dataengine query CORPUS "select video_id, source from videos" lists them',
         )
+    sources = {row["source"] for row in found}
+    found += [
+        row
+        for row in rows
+        if row["reason"] == DUPLICATE and (row["detail"] or "").partition(" as ")[2] in sources
+    ]
+    new = {row["video_id"] for row in found if row["status"] != records.REMOVED} & asked
     shards = {row["shard"] for row in found if row["shard"]}
-    return sorted(shards), sorted({row["run_id"] for row in found})
+    ids = asked | {row["video_id"] for row in found}
+    return ids, len(new), sorted(shards), sorted({row["run_id"] for row in found})
 
 
 def _read(corpus: Corpus, path: str, columns: list[str] | None = None) -> pa.Table:

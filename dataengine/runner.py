@@ -24,6 +24,12 @@ from typing import Any
 
 # Under `uv run` Ray would rebuild the driver's environment for every worker, and hang.
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+if not os.environ.get("DATAENGINE_DEBUG"):
+    # Ray prints these with a traceback on the driver's stdout. Each is handled: a stage that cannot
+    # start ends the run with one message, a crashed worker is begun again.
+    os.environ.setdefault(
+        "RAY_DEDUP_LOGS_SKIP_REGEX", "retries remaining|retry|died or was killed|actor is dead"
+    )
 
 import pyarrow as pa
 import pyarrow.parquet as pq

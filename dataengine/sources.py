@@ -38,6 +38,7 @@ VIDEO_SUFFIXES = frozenset(
 """Files taken from a folder; a file named by itself is taken whatever its suffix."""
 
 BAD_NAME, BAD_ID, NOT_A_FILE, UNREADABLE = "bad_name", "bad_id", "not_a_file", "unreadable"
+REFUSED_SCHEME = "refused_scheme"
 """Why a listed source cannot be fetched: its file name is not UTF-8; it is no YouTube id, no URL
 and no file; it is a pipe, socket or device; its folder cannot be listed."""
 
@@ -149,6 +150,23 @@ def describe(source: str, version: str = "") -> Listed:
     return _file(source) if row is None else row._replace(source_version=version or "")
 
 
+def _refused_in_list(word: str, base: str) -> Listed | None:
+    """Returns the refusal of what a list must not make this machine do; None for all else.
+
+    The user trusts what is typed. A list may come from elsewhere: it may name videos, but not files of
+    this machine by URL or from afar, nor addresses that would be asked before the guard against
+    private networks is up (further lists, playlists outside YouTube).
+    """
+    remote = not _is_local(base)
+    if word.startswith("file:") or (remote and word.startswith("/")):
+        return Listed(word, reason=REFUSED_SCHEME, detail="a list names a file by URL or from afar")
+    if word.startswith("playlist:") and not is_playlist(word.removeprefix("playlist:")):
+        return Listed(word, reason=REFUSED_SCHEME, detail="a playlist elsewhere: name it itself")
+    if lists.is_list(word) and (records.is_url(word) or (remote and "://" not in word)):
+        return Listed(word, reason=REFUSED_SCHEME, detail="a list inside a list: name it itself")
+    return None
+
+
 class _Expander:
     """Expands words; knows how many sources are still wanted and which lists are open."""
 
@@ -182,7 +200,9 @@ class _Expander:
         """
         if not word.strip():
             raise ConfigError("Empty source", KNOWN_WORDS)
-        if _SEARCH.fullmatch(word) or word.startswith("playlist:") or is_playlist(word):
+        if listed and (refused := _refused_in_list(word, base)):
+            yield refused
+        elif _SEARCH.fullmatch(word) or word.startswith("playlist:") or is_playlist(word):
             yield from self._playlist(word)
         elif records.is_url(word) and lists.is_list(word):
             yield from self._list(records.canonical_url(word))
@@ -328,7 +348,7 @@ class _Expander:
             yield from self.word(word, base, listed=True)
             return
         else:
-            row = _remote_video(word)
+            row = _refused_in_list(word, base) or _remote_video(word)
             if row is None and _is_local(base):
                 path = _local_path(word, base)
                 is_youtube = records.YOUTUBE_ID.fullmatch(word) and not os.path.exists(path)

@@ -69,12 +69,14 @@ class Drop:
     """An input that ends here, with a snake_case reason and one line of detail for the ledger.
 
     ``retryable`` says that a later attempt may succeed (a time-out, a full server): the video
-    ends as ``failed`` instead of ``dropped``.
+    ends as ``failed`` instead of ``dropped``. ``columns`` are those of ``Stage.outputs`` that became
+    known nevertheless, such as the length of a video without clips.
     """
 
     reason: str
     detail: str = ""
     retryable: bool = field(default=False)
+    columns: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
 
 Outcome = Kept | Drop

@@ -721,3 +721,10 @@ def test_a_part_that_is_whole_is_not_fetched_again(server, tmp_path):
     with Visit(FetchSettings(allow_private=True)) as visit:
         path = fetch_file(server.url("ok/a.mp4"), tmp_path, ".mp4", visit)
     assert (Path(path).read_bytes(), server.hits) == (server.video, [])
+
+
+def test_credentials_in_a_url_stay_out_of_the_shards(server, tmp_path):
+    url = f"{server.url}/ok.mp4" if hasattr(server, "url") else f"{server}/ok.mp4"
+    outcome = fetch(url.replace("://", "://user:secret@"), tmp_path)
+    assert isinstance(outcome, Kept)
+    assert outcome.rows[0]["source_url"] == url

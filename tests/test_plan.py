@@ -474,3 +474,15 @@ def test_a_retry_looks_at_files_again_and_keeps_to_exclusions(retried, videos):
 def test_a_retry_with_nothing_to_do_is_an_empty_plan(retried):
     assert retried(LEDGER[3:5])[0].num_todo == 0
     assert retried([])[0].num_todo == 0
+
+
+def test_captions_of_a_span_that_has_one_are_counted(tmp_path):
+    rows = ["a.mp4,0,1,one", "a.mp4,0,1,two", "a.mp4,0,1,three", "a.mp4,1,2,one", "a.mp4,1,2,one"]
+    (tmp_path / "l.csv").write_text("\n".join(["path,start,end,caption", *rows]) + "\n")
+    folder = tmp_path / "plan"
+    folder.mkdir()
+    write_listed([str(tmp_path / "l.csv")], SourceSettings(), folder)
+    plan = make_plan(folder, [], "f", 3)
+    assert plan.num_more_captions == 2
+    (row,) = pq.read_table(plan.todo).to_pylist()
+    assert [span["caption"] for span in row["spans"]] == ["one", "one"]

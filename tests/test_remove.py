@@ -144,3 +144,14 @@ def test_a_removal_cut_short_is_finished_by_the_next(corpus, monkeypatch, step, 
     assert _everything(corpus) == []
     assert verify(corpus).problems == []
     assert _media(corpus, kept) == before
+
+
+def test_copies_of_a_removed_video_are_forgotten_too(corpus):
+    copy = ledger_row("copy", [], source="/copy.mp4", reason="duplicate", title=SECRET)
+    copy |= {"detail": "same bytes as /gone.mp4", "stage": "download"}
+    corpus.take_over("r-2")
+    corpus.commit(clips_table([]), [copy], run_id="r-2", fingerprint="f")
+    remove(corpus, ["gone", "gone2"])
+    assert _everything(corpus) == []
+    statuses = {row["source"]: row["status"] for row in corpus.videos().to_pylist()}
+    assert statuses["/copy.mp4"] == "removed"

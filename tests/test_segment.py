@@ -114,10 +114,11 @@ def test_a_random_window_is_whole_and_the_same_for_the_same_seed():
         ((0, 120_000), (0, 3)),
         ((39_000, 81_000), (1, 2)),  # published times are rounded either way
         ((41_000, 119_000), (1, 3)),
-        ((100_000, 900_000), (2, 5)),  # beyond the end: up to it
+        ((100_000, 280_000), (2, 5)),  # beyond the end: up to it
+        ((100_000, 900_000), None),  # but not when most of it is
         ((45_000, 46_000), (1, 2)),  # never empty
         ((200_000, 300_000), None),
-        ((199_000, 300_000), (4, 5)),
+        ((199_000, 200_500), (4, 5)),
         ((-50_000, 0), None),
     ],
 )

@@ -400,6 +400,34 @@ def test_a_watch_page_in_a_playlist_is_one_video(youtube):
 
 
 def test_a_playlist_that_cannot_be_listed_is_named(youtube, tmp_path):
-    (tmp_path / "l.txt").write_text("x.mp4\nplaylist:broken\n")
-    with pytest.raises(ConfigError, match=r"line 2: Cannot be listed: playlist:broken .*not exist"):
+    (tmp_path / "l.txt").write_text("x.mp4\nhttps://www.youtube.com/playlist?list=broken\n")
+    with pytest.raises(ConfigError, match=r"line 2: Cannot be listed: https.*broken .*not exist"):
         sources_of(tmp_path / "l.txt")
+
+
+@pytest.mark.parametrize(
+    ("entry", "is_refused"),
+    [
+        ("file:///etc/passwd", True),
+        ("http://127.0.0.1:9/more.csv", True),
+        ("playlist:http://127.0.0.1:9/page", True),
+        ("http://127.0.0.1:9/a.mp4", False),  # the download stage judges its address
+        ("/elsewhere/a.mp4", False),
+    ],
+)
+def test_a_list_may_not_make_this_machine_ask_around(entry, is_refused, tmp_path):
+    (tmp_path / "l.txt").write_text(f"{entry}\n")
+    (tmp_path / "l.csv").write_text(f"url,start,end\n{entry},0,1\n")
+    for name in ("l.txt", "l.csv"):
+        (row,) = expand([str(tmp_path / name)])
+        assert (row.reason == "refused_scheme") == is_refused
+
+
+def test_a_list_from_afar_may_not_name_files_of_this_machine():
+    import fsspec
+
+    fs = fsspec.filesystem("memory")
+    fs.pipe("/lists/l.txt", b"/etc/passwd\nfile:///etc/passwd\nmore.txt\na.mp4\n")
+    rows = list(expand(["memory://lists/l.txt"]))
+    assert [row.reason for row in rows] == ["refused_scheme"] * 3 + [None]
+    assert rows[3].source == "memory://lists/a.mp4"

@@ -201,7 +201,7 @@ def test_weights_that_are_not_there_are_an_error_with_a_hint(tmp_path, monkeypat
         transnet.find_weights("transnetv2", None)
     assert "uv sync" in error.value.hint
     (tmp_path / "text.pth").write_text("not a checkpoint")
-    with pytest.raises(DependencyError, match="cannot be read"):
+    with pytest.raises(DependencyError, match="Not a checkpoint"):
         load_network("transnetv2", str(tmp_path / "text.pth"), "cpu", "float32")
 
 

@@ -16,7 +16,7 @@ class FetchSettings(Settings):
     """Pages offer several sizes: the largest up to this height is taken (InternVid: 720p), the
     smallest there is where all are larger."""
     min_height: int = Field(default=0, ge=0)
-    """Videos that are less high are dropped as too_small."""
+    """Videos whose shorter side is smaller are dropped as too_small."""
     min_duration_s: float = Field(default=0.0, ge=0)
     """Shorter videos are dropped as too_short; before they are fetched, where a page says so."""
     max_duration_s: float | None = Field(default=None, gt=0)

@@ -6,6 +6,7 @@ some frames later, at which of those times a new shot began. So it shares the on
 everything else that needs frames.
 """
 
+import os
 from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 import cv2
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from dataengine.stage import Settings
 
@@ -101,6 +102,13 @@ class _NetworkSettings(Settings):
     """Of the convolutions; ``auto`` takes bfloat16 where the hardware computes in it."""
     device: str = "auto"
     """A torch device; ``auto`` takes CUDA where there is one."""
+
+    @field_validator("weights_path")
+    @classmethod
+    def _is_there(cls, value: str | None) -> str | None:
+        if value is not None and not os.path.isfile(value):
+            raise ValueError("no such file")
+        return value
 
 
 class TransNetSettings(_NetworkSettings):

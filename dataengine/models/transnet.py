@@ -213,9 +213,9 @@ def read_weights(path: Path, architecture: Architecture) -> dict[str, torch.Tens
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle, torch and the system raise all kinds of errors
-        problem = " ".join(str(error).split())[:200]
+        problem = type(error).__name__  # torch's own words are about its options
         raise DependencyError(
-            f"Weights cannot be read: {path} ({problem})",
+            f"Not a checkpoint, or damaged: {path} ({problem})",
             "the file is damaged, or holds more than tensors: save its tensors alone",
         ) from error
     if architecture.member is not None:

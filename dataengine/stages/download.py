@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
+from urllib.parse import urlsplit, urlunsplit
 
 import pyarrow as pa
 
@@ -114,7 +115,7 @@ class DownloadStage(Stage):
         return Kept(
             (
                 {
-                    "source_url": source if is_remote else Path(source).as_uri(),
+                    "source_url": _without_user(source) if is_remote else Path(source).as_uri(),
                     **{k: facts.get(k) for k in ("title", "description", "tags", "categories")},
                     **row,
                     "_video": {**video, **known, "video_id": row["video_id"], "file_bytes": size},
@@ -161,12 +162,18 @@ class DownloadStage(Stage):
         except MediaError:
             return
         seconds = info.duration_ms / 1000
-        if info.height < self.config.min_height:
+        if min(info.width, info.height) < self.config.min_height:
             raise FetchError("too_small", f"{info.width}x{info.height}")
         if seconds < least:
             raise FetchError("too_short", f"{seconds:g} s")
         if most is not None and seconds > most:
             raise FetchError("too_long", f"{seconds:g} s")
+
+
+def _without_user(url: str) -> str:
+    """Returns a URL without name and password: shards are made to be handed on."""
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
 
 def _local(source: str) -> dict[str, Any]:

@@ -245,11 +245,6 @@ class _Pass:
     ) -> Outcome:
         """Adds what is known of the whole video to its clips; ``origin`` says who chose the spans."""
         config, info = self.config, self.info
-        if duration_ms < config.min_duration_s * 1000:
-            return Drop(TOO_SHORT, f"{duration_ms / 1000:.1f} s")
-        if all("_drop" in clip for clip in clips):
-            reasons = sorted({clip["_drop"]["reason"] for clip in clips})
-            return Drop(NO_CLIPS, f"{len(clips)} spans, all dropped: {', '.join(reasons)}")
         video = (self.row.get("_video") or {}) | {
             "duration_ms": duration_ms,
             "fps": fps,
@@ -261,6 +256,12 @@ class _Pass:
             "decode_errors": self.reader.num_errors,
             "truncated": self.reader.truncated,
         }
+        if duration_ms < config.min_duration_s * 1000:
+            return Drop(TOO_SHORT, f"{duration_ms / 1000:.1f} s", columns={"_video": video})
+        if all("_drop" in clip for clip in clips):
+            reasons = sorted({clip["_drop"]["reason"] for clip in clips})
+            detail = f"{len(clips)} spans, all dropped: {', '.join(reasons)}"
+            return Drop(NO_CLIPS, detail, columns={"_video": video})
         whole = {
             "fps": fps,
             "width": info.width,
@@ -470,9 +471,8 @@ class _GivenSpans(_Pass):
         times_us = self.meter.times_us[begin:]
         frames = clip_rules.snap_span(times_us, self.end_us, given_us)
         if frames is None:
-            return self.dropped(
-                *given_us, SPAN_OUTSIDE, f"the video ends at {self.end_us // 1000} ms"
-            )
+            end_ms = max(self.end_us // 1000, self.info.duration_ms)
+            return self.dropped(*given_us, SPAN_OUTSIDE, f"the video ends at {end_ms} ms")
         first, after = begin + frames[0], begin + frames[1]
         end_us = times_us[frames[1]] if frames[1] < len(times_us) else self.end_us
         start_us = times_us[frames[0]]
