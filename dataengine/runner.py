@@ -386,7 +386,8 @@ def _start_ray(address: str | None) -> None:
     elif address is not None:
         options["address"] = address
     logging.getLogger("ray").setLevel(level)
-    logging.getLogger("ray.data").setLevel(level)
+    # What fails is raised as well, and explained; Ray Data's own account of it is a traceback.
+    logging.getLogger("ray.data").setLevel(level if debug else logging.CRITICAL)
     try:
         with contextlib.nullcontext() if debug else _silent_stderr():
             ray.init(**options)

@@ -724,7 +724,10 @@ def test_a_part_that_is_whole_is_not_fetched_again(server, tmp_path):
 
 
 def test_credentials_in_a_url_stay_out_of_the_shards(server, tmp_path):
-    url = f"{server.url}/ok.mp4" if hasattr(server, "url") else f"{server}/ok.mp4"
-    outcome = fetch(url.replace("://", "://user:secret@"), tmp_path)
+    url = server.url("ok/a.mp4")
+    stage = DownloadStage(DownloadStage.Config(cache_dir=str(tmp_path), allow_private=True))
+    stage.setup()
+    video = {"source": url.replace("://", "://user:secret@"), "video_id": None}
+    (outcome,) = stage.process([{"_video": video, "_refusal": None}])
     assert isinstance(outcome, Kept)
     assert outcome.rows[0]["source_url"] == url
