@@ -40,18 +40,19 @@ class ActivityMeter:
 
         Args:
             time_us: Larger than that of the frame before.
-            small_bgr: uint8 [height, width, 3]; kept for a while, so it must not be changed.
+            small_bgr: uint8 [height, width, 3], of one size; kept for a while, so it must not be
+                changed.
         """
         luma = cv2.cvtColor(small_bgr, cv2.COLOR_BGR2GRAY)
-        changed = 0.0  # also where the picture size changes in mid-stream
-        if self._luma is not None and self._luma.shape == luma.shape:
+        changed = 0.0
+        if self._luma is not None:
             changed = cv2.norm(luma, self._luma, cv2.NORM_L1) / luma.size / 255
             if changed > JUMP_DIFFERENCE and levels_changed(luma, self._luma) > JUMP_HISTOGRAM:
                 self._jump_frames.append(len(self.times_us))
         self._luma = luma
         self.times_us.append(time_us)
         self._changed.append(changed)
-        if self._step is None or self._step[2].shape != small_bgr.shape:
+        if self._step is None:
             self._step = time_us, len(self.times_us), small_bgr
         elif time_us - self._step[0] >= STILL_STEP_US:
             begun_us, after_first, picture = self._step

@@ -647,8 +647,11 @@ def read_key_packet(path: str, time_us: int) -> tuple[str, bytes, bytes]:
     """
     with media.open_container(path) as container:
         stream = media.video_stream(container)
-        container.seek(max(time_us, 0) + (container.start_time or 0), backward=True)
-        packet = next(container.demux(stream), None)
+        try:
+            container.seek(max(time_us, 0) + (container.start_time or 0), backward=True)
+            packet = next(container.demux(stream), None)
+        except (FFmpegError, OSError) as error:
+            raise MediaError("undecodable", f"cannot be sought: {error}") from error
         extradata = bytes(stream.codec_context.extradata or b"")
         name = stream.codec_context.codec.canonical_name
         return name, bytes(packet) if packet is not None else b"", extradata

@@ -197,9 +197,16 @@ class VideoReader:
         yield from self._frames
 
     def seek(self, time_us: int) -> None:
-        """Moves to the last key frame at or before a time, for the next iteration."""
+        """Moves to the last key frame at or before a time, for the next iteration.
+
+        Raises:
+            MediaError: ``undecodable`` if the container cannot be sought.
+        """
         target = max(time_us, 0) + self._start_us
-        self._container.seek(target, backward=True)
+        try:
+            self._container.seek(target, backward=True)
+        except (FFmpegError, OSError) as error:
+            raise MediaError("undecodable", f"cannot be sought: {error}") from error
         self._first, self._frames = None, self._decode()
 
     def _decode(self) -> Iterator[Frame]:

@@ -19,9 +19,9 @@ import pyarrow.parquet as pq
 from dataengine import records
 from dataengine.corpus import Corpus, write_small, writer_options
 from dataengine.errors import CorpusError
+from dataengine.fetch.cache import forget
 from dataengine.plan import DUPLICATE
 from dataengine.report import write_report
-from dataengine.stages.download import forget
 
 _KEPT_FACTS = (
     *("source", "source_version", "video_id", "attempts", "run_id", "fingerprint", "shard"),

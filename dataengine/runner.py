@@ -42,12 +42,13 @@ from dataengine import records
 from dataengine.config import Pipeline
 from dataengine.corpus import Corpus
 from dataengine.errors import DependencyError, EngineError
+from dataengine.fetch.cache import forget
 from dataengine.flow import WORKER_CRASHED, StageError, apply_stage, item_id, settle, source_table
 from dataengine.plan import Plan
 from dataengine.pools import WRITE_CPUS, Pool, StageSpec, plan_pools
 from dataengine.progress import ProgressDisplay, Snapshot, StageCounts
 from dataengine.stage import Drop, Outcome, Row, Stage
-from dataengine.stages.download import DownloadStage, forget
+from dataengine.stages.download import DownloadStage
 
 _POLL_S = 0.5
 

@@ -4,6 +4,7 @@
 import io
 import os
 import pickle
+import re
 import subprocess
 import sys
 import tempfile
@@ -731,3 +732,12 @@ def test_credentials_in_a_url_stay_out_of_the_shards(server, tmp_path):
     (outcome,) = stage.process([{"_video": video, "_refusal": None}])
     assert isinstance(outcome, Kept)
     assert outcome.rows[0]["source_url"] == url
+
+
+def test_the_documented_classes_are_those_there_are():
+    table = Path("docs/fetching.md").read_text().split("## How a fetch may end")[1].split("## ")[0]
+    documented = {}
+    for line in (line for line in table.splitlines() if line.startswith("| `")):
+        names, *_, passes = (cell.strip() for cell in line.strip("|").split("|"))
+        documented |= {name: passes == "yes" for name in re.findall(r"`(\w+)`", names)}
+    assert documented == {name: retryable for name, (_, retryable) in CLASSES.items()}

@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from dataengine import media, records
 from dataengine.errors import ConfigError, MediaError
-from dataengine.fetch.cache import Cache, CacheUser, forget
+from dataengine.fetch.cache import Cache, CacheUser
 from dataengine.fetch.faults import FetchError, classify_os_error
 from dataengine.fetch.fetcher import Job, inspect_source, recipe_of, suffix_of
 from dataengine.fetch.process import FetchProcess
@@ -28,8 +28,6 @@ from dataengine.fetch.settings import NEUTRAL, FetchSettings
 from dataengine.sources import VIDEO_SUFFIXES
 from dataengine.stage import Drop, Kept, Outcome, Row, Stage
 from dataengine.subtitles import sidecars
-
-__all__ = ["DownloadStage", "forget"]
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
 

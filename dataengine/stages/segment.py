@@ -37,7 +37,7 @@ from dataengine.spans import SpanSampler
 from dataengine.stage import Drop, Kept, Outcome, Row, Stage, provenance
 
 # Why a video ends here.
-TOO_SHORT, TOO_LONG, TOO_LARGE = "too_short", "too_long", "too_large"
+TOO_SHORT, TOO_LONG = "too_short", "too_long"
 NO_CLIPS, TIMEOUT, OUT_OF_MEMORY = "no_clips", "segment_timeout", "segment_memory"
 # Why a clip ends here.
 CLIP_TOO_SHORT, OUTSIDE_WINDOW = "clip_too_short", "outside_window"
@@ -84,7 +84,7 @@ class SegmentConfig(Stage.Config):
     """Shorter videos are dropped as ``too_short``."""
     max_duration_s: float = Field(default=3600.0, gt=0)
     """Longer videos are dropped as ``too_long``, unless their spans are given."""
-    max_pixels: int = Field(default=8192 * 4320, ge=1)
+    max_pixels: int = Field(default=media.MAX_PIXELS, ge=1)
     """Videos with more pixels per frame are dropped as ``too_large``."""
     hwaccel: media.Hardware | None = None
     """Decodes on hardware where there is some, else on the processor; ``auto`` takes what it finds."""
@@ -150,8 +150,6 @@ class SegmentStage(Stage):
         """Returns the drop of a video whose header already breaks a limit."""
         if not has_spans and info.duration_ms > self.config.max_duration_s * 1000:
             return Drop(TOO_LONG, f"{info.duration_ms / 1000:.1f} s")
-        if info.width * info.height > self.config.max_pixels:
-            return Drop(TOO_LARGE, f"{info.width}x{info.height}")
         return None
 
 
