@@ -60,10 +60,7 @@ class Pipeline:
     @property
     def fingerprint(self) -> str:
         """Hash of all that changes what a clip holds: stages, their settings, their prompts."""
-        content = {
-            cls.name: config.model_dump(mode="json", exclude=set(config.neutral))
-            for cls, config in self.stages
-        }
+        content = {cls.name: _meaning(config) for cls, config in self.stages}
         text = json.dumps([content, self.prompt_hashes()], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -257,6 +254,16 @@ def _apply(content: dict[str, Any], override: str, problems: list[str]) -> None:
         node[last] = yaml.safe_load(text)
     except yaml.YAMLError:
         problems.append(f"--set {override}: the value is not valid YAML")
+
+
+def _meaning(settings: Settings) -> dict[str, Any]:
+    """Returns, as plain values, the settings that change what a clip holds, nested ones as well."""
+    values = settings.model_dump(mode="json", exclude=set(settings.neutral))
+    for name in values:
+        value = getattr(settings, name)
+        if isinstance(value, Settings):
+            values[name] = _meaning(value)
+    return values
 
 
 def _strings(value: object) -> list[str]:

@@ -255,7 +255,7 @@ class Corpus:
 
         self.publish(f"shards/{shard}.parquet", write)
         lengths = [stop - start for start, stop in groups]
-        catalog = clips.drop_columns(list(records.MEDIA_COLUMNS))
+        catalog = clips.drop_columns(list(records.SHARD_COLUMNS))
         locators = {
             "shard": pa.repeat(pa.scalar(shard), clips.num_rows),
             "row_group": pa.array([g for g, n in enumerate(lengths) for _ in range(n)], pa.int32()),
@@ -358,7 +358,7 @@ def row_groups(sizes: Sequence[int], limit: int) -> Iterator[tuple[int, int]]:
 
 def writer_options(schema: pa.Schema) -> dict[str, Any]:
     """Returns how a shard is written: options of ``pyarrow.parquet.ParquetWriter``."""
-    text = [n for n in schema.names if n not in (*records.MEDIA_COLUMNS, "frame_ms")]
+    text = [n for n in schema.names if n not in (*records.SHARD_COLUMNS, "frame_ms")]
     return {
         # Media is compressed already; a dictionary or statistics of it only cost time.
         "compression": {path: _codec(path) for path in _leaf_paths(schema)},

@@ -71,9 +71,13 @@ PROVENANCE_STRUCT = pa.struct(
         ("model", pa.string()),
         ("revision", pa.string()),
         ("prompt_hash", pa.string()),
+        ("input_hash", pa.string()),
+        ("note", pa.string()),
     ]
 )
-"""Who wrote a column of this row: model id, its revision, hash of the prompt (null if none)."""
+"""Who wrote a column of this row: model id, its revision, hash of the prompt file, hash of the frames
+that were shown, and what was unusual (``failed:<reason>``, ``no_sound``, ``template:<reason>``); the
+last three are null where there is nothing to say."""
 
 DROP_STRUCT = pa.struct(
     [
@@ -98,6 +102,9 @@ DROP_COUNT_STRUCT = pa.struct(
 # --------------------------------------------------------------------------------------- clips
 
 MEDIA_COLUMNS = ("video", "frames")
+"""Columns of media: stored as they are, without compression."""
+
+SHARD_COLUMNS = (*MEDIA_COLUMNS, "clip_image_embedding", "clip_text_embedding")
 """Columns that live in shards only, never in the catalog."""
 
 CLIP_SCHEMA = pa.schema(
@@ -131,7 +138,8 @@ CLIP_SCHEMA = pa.schema(
         ("caption_avs", pa.string()),
         ("caption", pa.string()),  # what training reads unless told otherwise
         ("clip_score", pa.float32()),  # cosine of CLIP image and text embeddings, in [-1, 1]
-        ("aesthetic_score", pa.float32()),
+        ("clip_score_frame", pa.float32()),  # the same of one frame drawn at random
+        ("aesthetic_score", pa.float32()),  # about 1 to 10
         ("video_text_score", pa.float32()),  # cosine of a video and a text encoder, in [-1, 1]
         ("motion_score", pa.float32()),  # mean absolute luma difference per frame, in [0, 1]
         ("still_score", pa.float32()),  # share of the clip's time in which nothing moves, in [0, 1]
@@ -143,6 +151,9 @@ CLIP_SCHEMA = pa.schema(
         ("description", pa.string()),
         ("tags", pa.list_(pa.string())),
         ("categories", pa.list_(pa.string())),
+        # Unit vectors of the model behind clip_score, where they are kept: mean of the frames, caption.
+        ("clip_image_embedding", pa.list_(pa.float16())),
+        ("clip_text_embedding", pa.list_(pa.float16())),
         ("provenance", pa.list_(PROVENANCE_STRUCT)),
     ]
 )
@@ -152,7 +163,7 @@ LOCATOR_FIELDS = [("shard", pa.string()), ("row_group", pa.int32()), ("row", pa.
 """Where a clip's media lies: shard name without suffix, row group, row inside the row group."""
 
 CATALOG_SCHEMA = pa.schema(
-    [field for field in CLIP_SCHEMA if field.name not in MEDIA_COLUMNS]
+    [field for field in CLIP_SCHEMA if field.name not in SHARD_COLUMNS]
     + [pa.field(name, type_) for name, type_ in LOCATOR_FIELDS]
 )
 """One row of ``catalog/*.parquet``: the clip without its media, and where the media is."""
@@ -303,5 +314,10 @@ def _feature(type_: pa.DataType) -> object:
         return {field.name: _feature(field.type) for field in type_}
     if pa.types.is_list(type_):
         return {"feature": _feature(type_.value_type), "_type": "List"}
-    names = {pa.float32(): "float32", pa.float64(): "float64", pa.bool_(): "bool"}
+    names = {
+        pa.float16(): "float16",
+        pa.float32(): "float32",
+        pa.float64(): "float64",
+        pa.bool_(): "bool",
+    }
     return {"dtype": names.get(type_, str(type_)), "_type": "Value"}

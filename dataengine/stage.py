@@ -16,6 +16,8 @@ from typing import Any, ClassVar
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from dataengine.needs import Need
+
 Row = dict[str, Any]
 """Column name -> plain Python value, as ``pyarrow.Table.to_pylist`` gives it."""
 
@@ -24,6 +26,13 @@ class Settings(BaseModel):
     """Base of every configuration: frozen, and a misspelt key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    neutral: ClassVar[frozenset[str]] = frozenset()
+    """Settings that change how something works but not what a clip holds."""
+
+    def needs(self) -> tuple[Need, ...]:
+        """Returns what must be there before these settings can run; nested ones speak for themselves."""
+        return ()
 
 
 class Resources(Settings):
@@ -100,7 +109,6 @@ class Stage:
         """Settings of a stage; subclasses add theirs."""
 
         neutral: ClassVar[frozenset[str]] = frozenset({"resources"})
-        """Settings that change how a stage works but not what a clip holds."""
 
         resources: Resources = Resources()
         """What an actor of this stage needs."""
@@ -117,7 +125,30 @@ class Stage:
 
 
 def provenance(
-    column: str, model: str, revision: str = "", prompt_hash: str | None = None
+    column: str,
+    model: str,
+    revision: str = "",
+    prompt_hash: str | None = None,
+    *,
+    input_hash: str | None = None,
+    note: str | None = None,
 ) -> dict[str, str | None]:
-    """Returns one entry of the ``provenance`` column: who wrote ``column`` of this row."""
-    return {"column": column, "model": model, "revision": revision, "prompt_hash": prompt_hash}
+    """Returns one entry of the ``provenance`` column: who wrote ``column`` of this row.
+
+    Args:
+        column: Of the clip.
+        model: Its id.
+        revision: Of the model.
+        prompt_hash: SHA-256 of the prompt file.
+        input_hash: `records.digest` of the frames that the model was shown.
+        note: What was unusual: ``failed:<reason>`` for a column that is empty because its model failed,
+            ``no_sound``, ``template:<reason>`` for a fallback.
+    """
+    return {
+        "column": column,
+        "model": model,
+        "revision": revision,
+        "prompt_hash": prompt_hash,
+        "input_hash": input_hash,
+        "note": note,
+    }

@@ -47,13 +47,14 @@ def test_fillers_are_no_words():
 def test_pocketsphinx_writes_down_a_sentence():
     waveform = speak(SENTENCE)
     transcriber = build_transcriber(PocketsphinxConfig())
-    first = transcriber.transcribe(waveform)
+    (first,) = transcriber.transcribe([waveform])
+    assert isinstance(first, list)
     heard = " ".join(segment.text for segment in first).split()
     assert len(set(heard) & set(SENTENCE.split())) >= 6  # of 8 different words
     assert 0 <= first[0].start_ms < first[-1].end_ms <= len(waveform) / SAMPLE_RATE * 1000 + 20
     # What it heard before must not change what it hears next.
-    transcriber.transcribe(0.1 * waveform[::-1].copy())
-    assert transcriber.transcribe(waveform) == first
+    transcriber.transcribe([0.1 * waveform[::-1].copy()])
+    assert transcriber.transcribe([waveform]) == [first]
 
 
 def test_pocketsphinx_hears_the_same_after_any_other_sound():
@@ -63,7 +64,7 @@ def test_pocketsphinx_hears_the_same_after_any_other_sound():
     transcriber = PocketsphinxTranscriber(PocketsphinxConfig())
     features = []
     for sound in (sounds[0], sounds[1], sounds[0]):
-        transcriber.transcribe(sound)
+        transcriber.transcribe([sound])
         features.append(transcriber._decoder.get_cmn())
     assert features[0] == features[2] != features[1]
 
@@ -86,8 +87,8 @@ def test_whisper_checkpoint_loads_and_transcribes_the_same_twice(tiny_whisper):
     config = WhisperConfig(model=str(tiny_whisper), language="en", max_tokens=8)
     transcriber = build_transcriber(config)
     waveform = np.random.default_rng(0).normal(0, 0.1, 2 * SAMPLE_RATE).astype(np.float32)
-    segments = transcriber.transcribe(waveform)
-    assert segments == transcriber.transcribe(waveform)
+    (segments,) = transcriber.transcribe([waveform])
+    assert [segments] == transcriber.transcribe([waveform])
     assert transcriber.model == f"whisper:{tiny_whisper}"
 
 
@@ -101,9 +102,8 @@ def test_whisper_is_asked_for_plain_greedy_text(tiny_whisper, monkeypatch):
 
     transcriber = build_transcriber(WhisperConfig(model=str(tiny_whisper)))
     monkeypatch.setattr(transcriber, "_model", SimpleNamespace(transcribe=transcribe))
-    assert transcriber.transcribe(np.zeros(SAMPLE_RATE, np.float32)) == [
-        Segment(0, 1260, "Good morning."),
-        Segment(3500, 3500, "all"),
+    assert transcriber.transcribe([np.zeros(SAMPLE_RATE, np.float32)]) == [
+        [Segment(0, 1260, "Good morning."), Segment(3500, 3500, "all")]
     ]
     assert (asked["condition_on_previous_text"], asked["temperature"]) == (False, 0.0)
 

@@ -9,7 +9,12 @@ import pytest
 
 from dataengine.errors import DependencyError
 from dataengine.models.camera import follow_camera
-from dataengine.models.captioner import ClipFrames, SignalsVideoConfig, build_captioner
+from dataengine.models.captioner import (
+    ClipFrames,
+    SignalsVideoConfig,
+    VideoCaptions,
+    build_captioner,
+)
 from dataengine.models.colours import NAMES, name_pixels
 from dataengine.models.patches import mask_shape
 from dataengine.models.signals_video import (
@@ -260,6 +265,7 @@ def test_captions_at_three_scales():
     frames = [with_disc(60 + 200 * step, 120) for step in STEPS]
     captioner = build_captioner(SignalsVideoConfig())
     (captions,) = captioner.caption([ClipFrames(frames, list(range(8)))])
+    assert isinstance(captions, VideoCaptions)
     assert captions.coarse == "A red circle in the centre against a dark plain green background."
     places = ["on the left", "in the centre", "in the centre", "on the right"]
     assert [words in text for words, text in zip(places, captions.fine, strict=True)] == [True] * 4
@@ -367,7 +373,7 @@ def test_captioner_names_the_faces_its_detector_finds(monkeypatch):
     clip = ClipFrames([plain()] * 8, list(range(8)))
     assert "face" not in f"{captioner.caption([clip])}"
     monkeypatch.setattr(captioner, "_faces", lambda frame: at(FACE, ELSEWHERE))
-    assert "; two faces are seen;" in f"{captioner.caption([clip])[0].caption}"
+    assert "; two faces are seen;" in f"{captioner.caption([clip])}"
 
 
 def test_opencv_without_cascades_is_an_error_with_a_hint(monkeypatch):

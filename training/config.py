@@ -7,83 +7,20 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from dataengine.errors import ConfigError
+from dataengine.networks.config import (
+    NetworkConfig,
+    TextTowerConfig,
+    ViCLIPConfig,
+    VideoTowerConfig,
+)
 
 RECIPES_DIR = Path(__file__).parent / "recipes"
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-"""ViCLIP normalises with ImageNet's statistics, not with CLIP's."""
 
-
-class _Config(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-
-class VideoTowerConfig(_Config):
-    """A ViT over all patches of all frames."""
-
-    image_size: int = Field(gt=0)
-    """Height and width of a frame, pixels."""
-    patch_size: int = Field(gt=0)
-    """Height and width of a patch, pixels; must divide ``image_size``."""
-    num_frames: int = Field(gt=0)
-    """Frames of a clip, one from each of as many equal intervals."""
-    width: int = Field(gt=0)
-    layers: int = Field(gt=0)
-    heads: int = Field(gt=0)
-    mask_ratio: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """Share of the patch tokens left out at random in training; never in evaluation."""
-    drop_path: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """Stochastic depth of the last block; grows linearly from 0 at the first."""
-    checkpoint_activations: bool = False
-    """Whether blocks are recomputed in the backward pass to save memory."""
-
-    @model_validator(mode="after")
-    def _fits(self) -> "VideoTowerConfig":
-        if self.image_size % self.patch_size:
-            raise ValueError(
-                f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
-            )
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
-        return self
-
-
-class TextTowerConfig(_Config):
-    """CLIP's causal text transformer over its BPE vocabulary."""
-
-    context_length: int = Field(default=32, gt=2)
-    """Tokens of a caption with start and end; ViCLIP reads 32, CLIP 77."""
-    width: int = Field(gt=0)
-    layers: int = Field(gt=0)
-    heads: int = Field(gt=0)
-
-    @model_validator(mode="after")
-    def _fits(self) -> "TextTowerConfig":
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
-        return self
-
-
-class ViCLIPConfig(_Config):
-    """The InternVid paper's video-text dual encoder."""
-
-    kind: Literal["viclip"]
-    embed_dim: int = Field(gt=0)
-    video: VideoTowerConfig
-    text: TextTowerConfig
-    freeze_text: bool = False
-    """Whether the text tower keeps its weights; only sensible with weights loaded into it."""
-    init_temperature: float = Field(default=0.01, ge=0.01, le=1.0)
-    """Start of the learnt temperature tau; similarities are divided by it. Never below 1/100."""
-    pixel_mean: tuple[float, float, float] = IMAGENET_MEAN
-    pixel_std: tuple[float, float, float] = IMAGENET_STD
-
-
-class OpenClipConfig(_Config):
+class OpenClipConfig(NetworkConfig):
     """An image-text model built by open_clip; a clip's feature is the mean over its frames'."""
 
     kind: Literal["open_clip"]
@@ -105,7 +42,7 @@ class OpenClipConfig(_Config):
         return self
 
 
-class DataConfig(_Config):
+class DataConfig(NetworkConfig):
     """What is read from the corpus and in which order."""
 
     caption: str = "caption"
@@ -142,7 +79,7 @@ class DataConfig(_Config):
         return self
 
 
-class ObjectiveConfig(_Config):
+class ObjectiveConfig(NetworkConfig):
     """InfoNCE, and what to do with rows that are not true negatives of each other."""
 
     same_caption: Literal["negative", "positive", "ignore"] = "positive"
@@ -153,7 +90,7 @@ class ObjectiveConfig(_Config):
     subset losing to its 10M one."""
 
 
-class OptimConfig(_Config):
+class OptimConfig(NetworkConfig):
     """AdamW with linear warm-up and cosine decay. Exactly one of ``steps`` and ``epochs``."""
 
     lr: float = Field(gt=0)
@@ -176,7 +113,7 @@ class OptimConfig(_Config):
         return self
 
 
-class RunConfig(_Config):
+class RunConfig(NetworkConfig):
     """How the run behaves; nothing here changes what is learnt, but seed and precision."""
 
     seed: int = Field(ge=0)
@@ -192,7 +129,7 @@ class RunConfig(_Config):
 ModelConfig = Annotated[ViCLIPConfig | OpenClipConfig, Field(discriminator="kind")]
 
 
-class TrainConfig(_Config):
+class TrainConfig(NetworkConfig):
     """A whole recipe."""
 
     model: ModelConfig
@@ -298,7 +235,7 @@ def _describe(item: Any) -> str:
 def _field_names() -> set[str]:
     towers = [VideoTowerConfig, TextTowerConfig, ViCLIPConfig, OpenClipConfig]
     sections = [DataConfig, ObjectiveConfig, OptimConfig, RunConfig]
-    models: list[type[BaseModel]] = [TrainConfig, *towers, *sections]
+    models: list[type[NetworkConfig]] = [TrainConfig, *towers, *sections]
     return {name for model in models for name in model.model_fields}
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from pydantic import Field
 
 from dataengine.errors import DependencyError
+from dataengine.models.answers import Failure
 from dataengine.stage import Settings
 
 SAMPLE_RATE = 16000
@@ -30,8 +31,12 @@ class Transcriber(Protocol):
     model: str
     revision: str
 
-    def transcribe(self, waveform: np.ndarray) -> list[Segment]:
-        """Returns the segments of a float32 mono waveform in [-1, 1] at 16 kHz, in time order."""
+    def transcribe(self, waveforms: Sequence[np.ndarray]) -> Sequence[list[Segment] | Failure]:
+        """Returns the segments of each sound in time order, or why there are none.
+
+        Args:
+            waveforms: float32 mono in [-1, 1] at 16 kHz, one per clip.
+        """
         ...
 
 
@@ -132,8 +137,11 @@ class PocketsphinxTranscriber:
             samprate=float(SAMPLE_RATE), loglevel="FATAL", **_SEARCH
         )
 
-    def transcribe(self, waveform: np.ndarray) -> list[Segment]:
+    def transcribe(self, waveforms: Sequence[np.ndarray]) -> list[list[Segment]]:
         """Returns lower-case English segments without punctuation."""
+        return [self._transcribe(waveform) for waveform in waveforms]
+
+    def _transcribe(self, waveform: np.ndarray) -> list[Segment]:
         samples = (np.clip(waveform, -1.0, 1.0) * 32767).astype("<i2")
         # Its features depend a little on the sound before, and the words in hard sound on them.
         self._decoder.reinit_feat()
@@ -182,8 +190,11 @@ class WhisperTranscriber:
         self.model = f"whisper:{config.model}"
         self.revision = whisper.__version__
 
-    def transcribe(self, waveform: np.ndarray) -> list[Segment]:
+    def transcribe(self, waveforms: Sequence[np.ndarray]) -> list[list[Segment]]:
         """Returns whisper's segments; those it left empty are skipped."""
+        return [self._transcribe(waveform) for waveform in waveforms]
+
+    def _transcribe(self, waveform: np.ndarray) -> list[Segment]:
         import torch
 
         with torch.inference_mode():

@@ -6,6 +6,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
+from dataengine.models.answers import Failure
 from dataengine.stage import Settings
 
 
@@ -16,8 +17,15 @@ class AudioCaptioner(Protocol):
     revision: str
     prompt_hash: str | None
 
-    def caption(self, waveforms: Sequence[np.ndarray]) -> list[str | None]:
-        """Returns a caption per float32 mono waveform in [-1, 1] at 16 kHz, in order."""
+    def caption(
+        self, waveforms: Sequence[np.ndarray], clip_ids: Sequence[str]
+    ) -> Sequence[str | Failure | None]:
+        """Returns a caption per sound, None where nothing is heard, or why there is none; in order.
+
+        Args:
+            waveforms: float32 mono in [-1, 1] at 16 kHz, none of them empty.
+            clip_ids: Whose they are.
+        """
         ...
 
 

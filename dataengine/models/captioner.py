@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Frames -> captions of what is seen."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import numpy as np
 
+from dataengine.models.answers import Author, Failure
+from dataengine.records import digest
 from dataengine.stage import Settings
 
 
@@ -18,6 +20,15 @@ class ClipFrames:
     """At least one, uint8 RGB HWC, all of one size, in time order."""
     frame_ms: Sequence[int]
     """When each is shown; any origin."""
+    clip_id: str = ""
+    """Whose they are."""
+    jpegs: Sequence[bytes] = ()
+    """The same frames as they are stored; a server is sent these."""
+
+    @property
+    def input_hash(self) -> str:
+        """Hash of the stored frames."""
+        return digest(*self.jpegs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +41,10 @@ class VideoCaptions:
     """Frame by frame, in time order."""
     caption: str | None
     """The whole clip."""
+    authors: Mapping[str, Author] = field(default_factory=dict)
+    """Column -> who wrote it, where that is not the captioner as a whole."""
+    notes: Mapping[str, str] = field(default_factory=dict)
+    """Column -> what was unusual about it; see `dataengine.stage.provenance`."""
 
 
 class Captioner(Protocol):
@@ -39,8 +54,8 @@ class Captioner(Protocol):
     revision: str
     prompt_hash: str | None
 
-    def caption(self, clips: Sequence[ClipFrames]) -> list[VideoCaptions]:
-        """Returns the captions of each clip, in order."""
+    def caption(self, clips: Sequence[ClipFrames]) -> Sequence[VideoCaptions | Failure]:
+        """Returns the captions of each clip, or why there are none, in order."""
         ...
 
 

@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 
 from pydantic import Field
 
+from dataengine.models.answers import Author
 from dataengine.prompts import Prompt, load_prompt
 from dataengine.stage import Settings
 
@@ -26,6 +27,8 @@ class Captions:
     """In English where known, else as spoken."""
     language: str | None
     """Of the transcript given: ISO 639-1, else 639-3."""
+    clip_id: str = ""
+    """Whose they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +38,10 @@ class FusedCaptions:
     speech: str | None
     audio_video: str | None
     audio_video_speech: str | None
+    author: Author | None = None
+    """Who wrote them, where that is not the fuser itself, e.g. the template it fell back to."""
+    note: str | None = None
+    """What was unusual, e.g. ``template:bad_output``."""
 
 
 class Fuser(Protocol):

@@ -219,6 +219,6 @@ class SignalsAudioCaptioner:
     def __init__(self) -> None:
         self._detector = build_voice_detector()
 
-    def caption(self, waveforms: Sequence[np.ndarray]) -> list[str | None]:
+    def caption(self, waveforms: Sequence[np.ndarray], clip_ids: Sequence[str]) -> list[str | None]:
         """Returns one sentence per waveform."""
         return [describe_audio(measure_audio(waveform, self._detector)) for waveform in waveforms]

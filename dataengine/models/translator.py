@@ -2,9 +2,28 @@
 """Text in any language -> English."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from dataengine.models.answers import Failure, Written
 from dataengine.stage import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Foreign:
+    """A text to translate.
+
+    Attributes:
+        clip_id: Whose it is.
+        text: Not empty.
+        language: ISO 639-1, else 639-3; None where unknown.
+        language_score: How sure that is, in [0, 1]; None where unknown.
+    """
+
+    clip_id: str
+    text: str
+    language: str | None = None
+    language_score: float | None = None
 
 
 class Translator(Protocol):
@@ -13,13 +32,8 @@ class Translator(Protocol):
     model: str
     revision: str
 
-    def translate(self, texts: Sequence[str], languages: Sequence[str | None]) -> list[str | None]:
-        """Returns the English of each text, or None where it cannot tell.
-
-        Args:
-            texts: Not empty.
-            languages: One per text: ISO 639-1, else 639-3; None where unknown.
-        """
+    def translate(self, texts: Sequence[Foreign]) -> Sequence[Written | Failure | None]:
+        """Returns the English of each text, None where it cannot tell, or why it failed; in order."""
         ...
 
 
@@ -39,7 +53,7 @@ class SourceTranslator:
     model = "source"
     revision = "1"
 
-    def translate(self, texts: Sequence[str], languages: Sequence[str | None]) -> list[str | None]:
+    def translate(self, texts: Sequence[Foreign]) -> list[None]:
         """Returns None for each text."""
         return [None] * len(texts)
 

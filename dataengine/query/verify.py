@@ -193,7 +193,7 @@ def _shard_rows(shard: str, file: pq.ParquetFile, catalog: pa.Table, decode: boo
                 yield f"clip {row['clip_id']} is not in the catalog twin"
                 return
             expected = {
-                **{name: row[name] for name in row if name not in records.MEDIA_COLUMNS},
+                **{name: row[name] for name in row if name not in records.SHARD_COLUMNS},
                 "shard": shard,
                 "row_group": group,
                 "row": index,

@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from dataengine.errors import MediaError
 from dataengine.media import read_audio
+from dataengine.models.answers import Failure
 from dataengine.models.audio import (
     AudioCaptionerConfig,
     SignalsAudioConfig,
@@ -19,6 +20,9 @@ from dataengine.stage import Kept, Outcome, Row, Stage, provenance
 logger = logging.getLogger(__name__)
 
 _SAMPLE_RATE = 16000
+
+NO_SOUND = "no_sound"
+"""Note of a clip that has no audio track, or none that can be read."""
 
 
 def clip_waveform(row: Row) -> np.ndarray | None:
@@ -38,7 +42,7 @@ def clip_waveform(row: Row) -> np.ndarray | None:
 
 
 class CaptionAudioStage(Stage):
-    """Writes ``caption_audio``; null for a clip without sound."""
+    """Writes ``caption_audio``; null for a clip without sound, whose provenance says so."""
 
     name = "caption_audio"
     inputs = ("clip_id", "video", "has_audio")
@@ -58,14 +62,21 @@ class CaptionAudioStage(Stage):
 
     def process(self, batch: Sequence[Row]) -> list[Outcome]:
         """Returns one Kept per row."""
-        waveforms = [clip_waveform(row) for row in batch]
-        captions = iter(
-            self._captioner.caption([waveform for waveform in waveforms if waveform is not None])
-        )
+        sounds = {
+            index: waveform
+            for index, row in enumerate(batch)
+            if (waveform := clip_waveform(row)) is not None
+        }
+        names = [batch[index].get("clip_id") or "" for index in sounds]
+        answers = self._captioner.caption(list(sounds.values()), names) if sounds else []
+        captions = dict(zip(sounds, answers, strict=True))
         author = self._captioner.model, self._captioner.revision, self._captioner.prompt_hash
         outcomes: list[Outcome] = []
-        for waveform in waveforms:
-            text = next(captions) if waveform is not None else None
-            wrote = [provenance("caption_audio", *author)] if text else []
+        for index, row in enumerate(batch):
+            text, note = captions.get(index), None if index in captions else NO_SOUND
+            if isinstance(text, Failure):
+                logger.warning("No audio caption of %s: %s", row.get("clip_id"), text)
+                text, note = None, text.note
+            wrote = [provenance("caption_audio", *author, note=note)] if text or note else []
             outcomes.append(Kept(({"caption_audio": text, "provenance": wrote},)))
         return outcomes

@@ -5,11 +5,13 @@
 and ``caption_video`` the clip as a whole.
 """
 
+import logging
 from collections.abc import Sequence
 
 import pyarrow as pa
 
 from dataengine.media import jpeg_decode
+from dataengine.models.answers import Author, Failure
 from dataengine.models.captioner import (
     CaptionerConfig,
     ClipFrames,
@@ -18,6 +20,8 @@ from dataengine.models.captioner import (
     build_captioner,
 )
 from dataengine.stage import Drop, Kept, Outcome, Row, Stage, provenance
+
+logger = logging.getLogger(__name__)
 
 BAD_FRAMES = "bad_frames"
 """Drop reason: a clip without frames, or with one that is not a JPEG."""
@@ -38,14 +42,14 @@ def decode_frames(row: Row) -> ClipFrames:
     times = row.get("frame_ms") or []
     if len(times) != len(frames):
         raise ValueError(f"{len(frames)} frames with {len(times)} times")
-    return ClipFrames(frames, times)
+    return ClipFrames(frames, times, row.get("clip_id") or "", jpegs)
 
 
 class CaptionVideoStage(Stage):
     """Writes ``caption_video_coarse``, ``caption_video_fine`` and ``caption_video``."""
 
     name = "caption_video"
-    inputs = ("frames", "frame_ms")
+    inputs = ("clip_id", "frames", "frame_ms")
     outputs = pa.schema(
         [
             ("caption_video_coarse", pa.string()),
@@ -67,7 +71,11 @@ class CaptionVideoStage(Stage):
         self._captioner = build_captioner(self.config.model)
 
     def process(self, batch: Sequence[Row]) -> list[Outcome]:
-        """Captions all rows in one batch; returns Drop("bad_frames") where a JPEG is broken."""
+        """Captions all rows in one batch.
+
+        A clip whose model fails keeps its other columns and says so in its provenance; one with a
+        broken JPEG is no clip to train on and ends as Drop("bad_frames").
+        """
         clips: list[ClipFrames | Drop] = []
         for row in batch:
             try:
@@ -75,18 +83,32 @@ class CaptionVideoStage(Stage):
             except ValueError as error:
                 clips.append(Drop(BAD_FRAMES, str(error)))
         good = [clip for clip in clips if isinstance(clip, ClipFrames)]
-        captions = iter(self._captioner.caption(good) if good else [])
+        answers = self._captioner.caption(good) if good else []
+        captions = iter(zip(good, answers, strict=True))
         return [
-            clip if isinstance(clip, Drop) else Kept((self._columns(next(captions)),))
+            clip if isinstance(clip, Drop) else Kept((self._columns(*next(captions)),))
             for clip in clips
         ]
 
-    def _columns(self, captions: VideoCaptions) -> Row:
+    def _columns(self, clip: ClipFrames, captions: VideoCaptions | Failure) -> Row:
+        captioner = self._captioner
+        own = Author(captioner.model, captioner.revision, captioner.prompt_hash)
+        if isinstance(captions, Failure):
+            logger.warning("No caption of %s: %s", clip.clip_id, captions)
+            captions = VideoCaptions(None, (), None, notes={"caption_video": captions.note})
         columns: Row = {
             "caption_video_coarse": captions.coarse,
             "caption_video_fine": list(captions.fine) or None,
             "caption_video": captions.caption,
         }
-        author = self._captioner.model, self._captioner.revision, self._captioner.prompt_hash
-        wrote = [provenance(name, *author) for name, value in columns.items() if value]
+        wrote = []
+        for name, value in columns.items():
+            author, note = captions.authors.get(name, own), captions.notes.get(name)
+            if value or note:
+                entry = provenance(
+                    *(name, author.model, author.revision, author.prompt_hash),
+                    input_hash=clip.input_hash,
+                    note=note,
+                )
+                wrote.append(entry)
         return columns | {"provenance": wrote}

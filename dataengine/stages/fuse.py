@@ -14,6 +14,7 @@ from typing import Literal
 import pyarrow as pa
 
 from dataengine import records
+from dataengine.models.answers import Author
 from dataengine.models.fusion import Captions, FuserConfig, TemplateConfig, build_fuser
 from dataengine.stage import Kept, Outcome, Row, Stage, provenance
 
@@ -23,7 +24,7 @@ class FuseStage(Stage):
 
     name = "fuse"
     inputs = (
-        "caption_video", "caption_audio", "transcript", "transcript_en", "language", "caption",
+        "clip_id", "caption_video", "caption_audio", "transcript", "transcript_en", "language", "caption",
         "provenance",
     )  # fmt: skip
     outputs = pa.schema(
@@ -54,8 +55,12 @@ class FuseStage(Stage):
                 "caption_av": captions.audio_video,
                 "caption_avs": captions.audio_video_speech,
             }
+            fuser = self._fuser
+            author = captions.author or Author(fuser.model, fuser.revision, fuser.prompt_hash)
             wrote = [
-                provenance(name, self._fuser.model, self._fuser.revision, self._fuser.prompt_hash)
+                provenance(
+                    name, author.model, author.revision, author.prompt_hash, note=captions.note
+                )
                 for name, text in columns.items()
                 if text
             ]
@@ -87,4 +92,5 @@ def _captions(row: Row) -> Captions:
         audio=row.get("caption_audio"),
         transcript=english or row.get("transcript"),
         language="en" if english else row.get("language"),
+        clip_id=row.get("clip_id") or "",
     )

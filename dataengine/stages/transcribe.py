@@ -13,13 +13,16 @@ Recognition runs only where enough of the clip sounds like speech: a recogniser 
 music or noise writes words all the same.
 """
 
+import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
+import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
+from dataengine.models.answers import Failure
 from dataengine.models.asr import (
     PocketsphinxConfig,
     Segment,
@@ -31,6 +34,8 @@ from dataengine.records import SEGMENT_STRUCT
 from dataengine.stage import Kept, Outcome, Row, Stage, provenance
 from dataengine.stages.caption_audio import clip_waveform
 
+logger = logging.getLogger(__name__)
+
 _LONG_CODES = {
     "eng": "en", "deu": "de", "ger": "de", "fra": "fr", "fre": "fr", "spa": "es", "ita": "it",
     "por": "pt", "rus": "ru", "zho": "zh", "chi": "zh", "jpn": "ja", "kor": "ko", "ara": "ar",
@@ -38,6 +43,8 @@ _LONG_CODES = {
 }  # fmt: skip
 _NOT_SPOKEN = re.compile(r"<[^<>]*>|\{[^{}]*\}|\[[^\]]*\]|\([^)]*\)|[♩-♯]")
 _UNKNOWN = "und"
+SUBTITLES = "subtitles"
+"""Model name, in the provenance, of a text cut from the source's own subtitles."""
 ORIGINS = ("sidecar", "manual", "automatic")
 """Where subtitles come from, the most trusted first; see `records.SUBTITLE_STRUCT`."""
 
@@ -136,7 +143,9 @@ class TranscribeStage(Stage):
     """Writes ``transcript`` and ``transcript_segments``; null where nothing is said."""
 
     name = "transcribe"
-    inputs = ("video", "has_audio", "start_ms", "end_ms", "_subtitles", "_video")
+    inputs = (
+        "clip_id", "video", "has_audio", "start_ms", "end_ms", "_subtitles", "_video", "provenance",
+    )  # fmt: skip
     outputs = pa.schema(
         [("transcript", pa.string()), ("transcript_segments", pa.list_(SEGMENT_STRUCT))]
     )
@@ -164,52 +173,88 @@ class TranscribeStage(Stage):
             self._voice = build_voice_detector()
 
     def process(self, batch: Sequence[Row]) -> list[Outcome]:
-        """Returns one Kept per row."""
-        return [Kept((self._annotate(row),)) for row in batch]
-
-    def _annotate(self, row: Row) -> Row:
-        cues = row.get("_subtitles")
-        said = (row.get("_video") or {}).get("language")
-        language = original_language(
-            subtitle_languages(cues),
-            base_language(said) if said else None,
-            subtitle_languages([cue for cue in cues or () if cue_origin(cue) == "automatic"]),
-        )
-        sources = [self._from_subtitles, self._from_sound]
-        if language is None:
-            sources = [self._from_sound]
-        elif self.config.prefer == "asr":
-            sources.reverse()
-        segments, author = [], None
-        for source in sources:
-            segments, author = source(row, language or _UNKNOWN)
-            if segments or source == self._from_subtitles:
-                break
-        wrote = [provenance(column, *author) for column in self.outputs.names if author]
-        return {
-            "transcript": join_segments(segments),
-            "transcript_segments": [
-                {"start_ms": s.start_ms, "end_ms": s.end_ms, "text": s.text} for s in segments
-            ]
-            or None,
-            "provenance": wrote,
+        """Returns one Kept per row; all sounds of the batch are heard together."""
+        languages = [_subtitle_language(row) for row in batch]
+        prefers_subtitles = self.config.prefer == "subtitles"
+        open_rows = {
+            index: waveform
+            for index, (row, language) in enumerate(zip(batch, languages, strict=True))
+            if not (prefers_subtitles and (language or _has_subtitle_transcript(row)))
+            and (waveform := self._audible(row)) is not None
         }
+        heard = self._listen(open_rows, batch)
+        outcomes: list[Outcome] = []
+        for index, (row, language) in enumerate(zip(batch, languages, strict=True)):
+            if prefers_subtitles and language is None and _has_subtitle_transcript(row):
+                outcomes.append(
+                    Kept(({},))
+                )  # a corpus that is annotated again has no cues any more
+                continue
+            segments, author, note = heard.get(index, ([], None, None))
+            if language and not segments:
+                segments, author = self._from_subtitles(row, language)
+                note = None
+            outcomes.append(Kept((_columns(segments, author, note),)))
+        return outcomes
 
-    def _from_subtitles(
-        self, row: Row, language: str
-    ) -> tuple[list[Segment], tuple[str, str] | None]:
+    def _audible(self, row: Row) -> np.ndarray | None:
+        """Returns a clip's sound if it is worth the recogniser's time."""
+        waveform = clip_waveform(row) if self._transcriber else None
+        if waveform is None or self._voice is None or self.config.min_speech_ratio <= 0:
+            return waveform
+        heard = speech_ratio(waveform, self._voice)
+        return waveform if heard >= self.config.min_speech_ratio else None
+
+    def _listen(
+        self, sounds: Mapping[int, np.ndarray], rows: Sequence[Row]
+    ) -> dict[int, tuple[list[Segment], tuple[str, str], str | None]]:
+        """Returns segments on the source's clock, their author and a note, for each sound."""
+        if self._transcriber is None or not sounds:
+            return {}
+        author = self._transcriber.model, self._transcriber.revision
+        heard: dict[int, tuple[list[Segment], tuple[str, str], str | None]] = {}
+        answers = self._transcriber.transcribe(list(sounds.values()))
+        for index, answer in zip(sounds, answers, strict=True):
+            if isinstance(answer, Failure):
+                logger.warning("No transcript of %s: %s", rows[index].get("clip_id"), answer)
+                heard[index] = [], author, answer.note
+            else:
+                start_ms, end_ms = rows[index]["start_ms"], rows[index]["end_ms"]
+                heard[index] = on_source_clock(answer, start_ms, end_ms), author, None
+        return heard
+
+    def _from_subtitles(self, row: Row, language: str) -> tuple[list[Segment], tuple[str, str]]:
         origin = best_origin(row["_subtitles"], language)
         cues = cut_cues(row["_subtitles"], language, row["start_ms"], row["end_ms"], origin)
-        return cues, (f"subtitles/{origin}", language)
+        return cues, (f"{SUBTITLES}/{origin}", language)
 
-    def _from_sound(self, row: Row, language: str) -> tuple[list[Segment], tuple[str, str] | None]:
-        waveform = clip_waveform(row) if self._transcriber else None
-        if self._transcriber is None or self._voice is None or waveform is None:
-            return [], None
-        if self.config.min_speech_ratio > 0:
-            heard = speech_ratio(waveform, self._voice)
-            if heard < self.config.min_speech_ratio:
-                return [], None
-        segments = self._transcriber.transcribe(waveform)
-        segments = on_source_clock(segments, row["start_ms"], row["end_ms"])
-        return segments, (self._transcriber.model, self._transcriber.revision)
+
+def _subtitle_language(row: Row) -> str | None:
+    """Returns the language of a row's subtitles that is the spoken one; None without subtitles."""
+    cues = row.get("_subtitles")
+    said = (row.get("_video") or {}).get("language")
+    return original_language(
+        subtitle_languages(cues),
+        base_language(said) if said else None,
+        subtitle_languages([cue for cue in cues or () if cue_origin(cue) == "automatic"]),
+    )
+
+
+def _has_subtitle_transcript(row: Row) -> bool:
+    """Returns whether a row's transcript was cut from subtitles before."""
+    return any(
+        entry["column"] == "transcript" and entry["model"].startswith(f"{SUBTITLES}/")
+        for entry in row.get("provenance") or ()
+    )
+
+
+def _columns(segments: Sequence[Segment], author: tuple[str, str] | None, note: str | None) -> Row:
+    names = TranscribeStage.outputs.names
+    return {
+        "transcript": join_segments(segments),
+        "transcript_segments": [
+            {"start_ms": s.start_ms, "end_ms": s.end_ms, "text": s.text} for s in segments
+        ]
+        or None,
+        "provenance": [provenance(name, *author, note=note) for name in names if author],
+    }

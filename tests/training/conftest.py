@@ -101,7 +101,7 @@ def write_rows(folder, rows, *, shard_rows=20, row_group_rows=6):
             "row_group": pa.array([i // row_group_rows for i in places], pa.int32()),
             "row": pa.array([i % row_group_rows for i in places], pa.int32()),
         }
-        catalog = table.drop_columns(list(records.MEDIA_COLUMNS))
+        catalog = table.drop_columns(list(records.SHARD_COLUMNS))
         for name, column in locator.items():
             catalog = catalog.append_column(name, column)
         catalog = catalog.cast(records.CATALOG_SCHEMA)

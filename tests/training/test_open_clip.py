@@ -6,8 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
+from dataengine.networks.text import tokenise
 from training.config import OpenClipConfig, load_recipe
-from training.data.text import tokenise
 from training.data.transforms import WHOLE, normalise, square_images
 from training.distributed import World
 from training.export_clip import main

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 
+from dataengine.networks.viclip import ViCLIP
 from training.config import OptimConfig
-from training.models.viclip import ViCLIP
 from training.optim import build_optimizer, learning_rate
 
 

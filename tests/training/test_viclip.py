@@ -3,10 +3,10 @@ import pytest
 import torch
 from torch import nn
 
+from dataengine.networks.text import END_OF_TEXT, clean_caption, tokenise
+from dataengine.networks.transformer import Attention
+from dataengine.networks.viclip import ViCLIP, keep_random
 from training.config import ViCLIPConfig, load_recipe
-from training.data.text import END_OF_TEXT, clean_caption, tokenise
-from training.models.transformer import Attention
-from training.models.viclip import ViCLIP, keep_random
 
 
 def published(size):

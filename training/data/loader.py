@@ -11,11 +11,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from dataengine import records
 from dataengine.errors import ConfigError, EngineError
+from dataengine.networks.text import clean_caption, tokenise
 from training.config import DataConfig
 from training.data import plan
 from training.data.index import ClipIndex
 from training.data.shards import ShardReader
-from training.data.text import clean_caption, tokenise
 from training.data.transforms import (
     WHOLE,
     Frames,

@@ -33,7 +33,7 @@ def build_model(config: ModelConfig) -> torch.nn.Module:
     """Returns a freshly initialised ``DualEncoder``; torch's default generator draws its weights."""
     match config:
         case ViCLIPConfig():
-            from training.models.viclip import ViCLIP
+            from dataengine.networks.viclip import ViCLIP
 
             return ViCLIP(config)
         case OpenClipConfig():

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
+from dataengine.networks.text import VOCAB_SIZE
 from training.config import OpenClipConfig
-from training.data.text import VOCAB_SIZE
 
 _MAX_LOGIT_SCALE = math.log(100.0)
 

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from training.config import TextTowerConfig, ViCLIPConfig, VideoTowerConfig
-from training.data.text import VOCAB_SIZE
-from training.models.transformer import LayerNorm, Transformer
+from dataengine.networks.config import TextTowerConfig, ViCLIPConfig, VideoTowerConfig
+from dataengine.networks.text import VOCAB_SIZE
+from dataengine.networks.transformer import LayerNorm, Transformer
 
 MIN_TEMPERATURE = 0.01
 """CLIP and ViCLIP let similarities be scaled by no more than 100."""
