@@ -122,6 +122,61 @@ def retry(
         _say_result(result, corpus)
 
 
+@app.command()
+def annotate(
+    corpus: CorpusArgument,
+    pipeline: Annotated[Path, typer.Option(help="Pipeline file with the stages' new settings.")],
+    stage: Annotated[
+        list[str],
+        typer.Option(help="Stage to run again, e.g. caption_video; may be repeated."),
+    ],
+    suffix: Annotated[
+        str, typer.Option(help="Write to new columns, e.g. _qwen3. Default: in place.")
+    ] = "",
+    where: Annotated[
+        str, typer.Option(help="Only clips that a SQL condition selects: caption_video is null.")
+    ] = "",
+    again: Annotated[
+        bool, typer.Option(help="Also shards that these settings have annotated already.")
+    ] = False,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Change a setting: stages.score.max_frames=8."),
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster; default RAY_ADDRESS, else this machine.")
+    ] = None,
+) -> None:
+    """Run annotation stages again over a corpus: a new model, a new prompt."""
+    from dataengine.annotate import annotate as run_annotation
+    from dataengine.annotate import make_annotation
+    from dataengine.config import load_pipeline
+
+    chosen = make_annotation(load_pipeline(pipeline, overrides or []), stage, suffix, where)
+    with _interruptible():
+        result = run_annotation(chosen, corpus, _LIVE, address=address, again=again)
+    if result.run_id is None:
+        _LIVE.print(
+            "Nothing to do: these settings have annotated every shard (--again does it over)."
+        )
+        return
+    columns = ", ".join(name for name in chosen.columns if name != "provenance")
+    _LIVE.print(
+        f"{result.num_clips:,} clips in {result.num_shards:,} shards annotated after "
+        f"{result.seconds:.0f} s: {columns}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    for name, num_clips in result.skipped.items():
+        _LIVE.print(f"{name}: {num_clips:,} clips could not be worked on and stay", highlight=False)
+    if not suffix and "caption_video" in stage and "fuse" not in stage:
+        _LIVE.print(
+            "Training reads the column caption, which the stage fuse writes: add --stage fuse to "
+            "bring it up to date, or train with data.caption=caption_video.",
+            highlight=False,
+        )
+
+
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
     """Ends the process in words when a run is interrupted."""

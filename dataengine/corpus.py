@@ -20,7 +20,7 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO, cast
@@ -129,6 +129,22 @@ class Corpus:
     def path(self, *parts: str) -> str:
         """Returns a path inside the corpus as its file system names it."""
         return "/".join((self.root, *parts))
+
+    @property
+    def added_columns(self) -> dict[str, str]:
+        """Columns that annotation has added: name -> the column of CLIP_SCHEMA it is typed like."""
+        about = json.loads(cast(bytes, self.fs.cat_file(self.path("corpus.json"))))
+        return dict(about.get("columns", {}))
+
+    @property
+    def clip_schema(self) -> pa.Schema:
+        """Schema of a shard: CLIP_SCHEMA and the added columns."""
+        return _with_columns(records.CLIP_SCHEMA, self.added_columns)
+
+    @property
+    def catalog_schema(self) -> pa.Schema:
+        """Schema of a catalog file: CATALOG_SCHEMA and the added columns."""
+        return _with_columns(records.CATALOG_SCHEMA, self.added_columns)
 
     def names(self, folder: str, suffix: str = ".parquet") -> list[str]:
         """Returns the sorted names, without suffix, of the finished files of a folder."""
@@ -243,6 +259,8 @@ class Corpus:
     def _write_shard(self, shard: str, clips: pa.Table, row_group_bytes: int) -> pa.Table:
         """Writes the shard file and returns its catalog twin."""
         clips = clips.select(records.CLIP_SCHEMA.names).cast(records.CLIP_SCHEMA)
+        for field in list(self.clip_schema)[len(records.CLIP_SCHEMA) :]:
+            clips = clips.append_column(field, pa.nulls(clips.num_rows, field.type))
         schema = clips.schema.with_metadata(records.hugging_face_metadata(clips.schema))
         groups = list(row_groups(_media_bytes(clips), row_group_bytes))
 
@@ -263,7 +281,7 @@ class Corpus:
         }
         for name, column in locators.items():
             catalog = catalog.append_column(name, column)
-        return catalog.cast(records.CATALOG_SCHEMA)
+        return catalog.select(self.catalog_schema.names).cast(self.catalog_schema)
 
     def sweep(self) -> int:
         """Removes what a killed writer left behind: everything without its commit.
@@ -307,7 +325,7 @@ class Corpus:
 
         This holds the whole answer in memory: ask for few columns of a large corpus.
         """
-        return _read(self, self.catalog_parts(), records.CATALOG_SCHEMA, columns)
+        return _read(self, self.catalog_parts(), self.catalog_schema, columns)
 
     def videos(self, columns: Sequence[str] | None = None) -> pa.Table:
         """Returns the current row of every source, or some columns of it, sorted by source."""
@@ -387,6 +405,14 @@ def _media_bytes(clips: pa.Table) -> list[int]:
             sizes.append((video or 0) + sum(jpegs[starts:stop]))
             starts = stop
     return sizes
+
+
+def _with_columns(schema: pa.Schema, added: Mapping[str, str]) -> pa.Schema:
+    """Returns the schema with added columns behind its own; those kept in shards alone only there."""
+    for name, like in added.items():
+        if like in schema.names:
+            schema = schema.append(pa.field(name, schema.field(like).type))
+    return schema
 
 
 def _sorted(clips: pa.Table) -> pa.Table:

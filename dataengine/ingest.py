@@ -158,7 +158,7 @@ def _run(
     run_id = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{secrets.token_hex(2)}"
     corpus.take_over(run_id)
     corpus.sweep()
-    record = _record(pipeline, words, run_id)
+    record = run_record(pipeline, words, run_id)
     _write_record(corpus, run_id, pipeline, plan, record)
     stages = [cls.name for cls, _ in pipeline.stages]
     with ProgressDisplay(console, stages, plan.num_todo) as display:
@@ -262,7 +262,7 @@ def _say_plan(plan: Plan, console: Console) -> None:
 # ---------------------------------------------------------------------------------- run record
 
 
-def _record(pipeline: Pipeline, words: Sequence[str], run_id: str) -> dict[str, object]:
+def run_record(pipeline: Pipeline, words: Sequence[str], run_id: str) -> dict[str, object]:
     """Returns what is needed to know, later, what this run was."""
     return {
         "run_id": run_id,

@@ -26,8 +26,12 @@ class Pool:
     batch_size: int
 
 
-def plan_pools(stages: Sequence[StageSpec], num_cpus: float, num_gpus: float) -> list[Pool]:
+def plan_pools(
+    stages: Sequence[StageSpec], num_cpus: float, num_gpus: float, *, of_clips: bool = False
+) -> list[Pool]:
     """Returns the actor pools of a pipeline, small enough for a cluster to start all of them.
+
+    ``of_clips`` says that the first stage is given clips already, not whole videos.
 
     Every stage must have an actor for anything to flow, so on a machine with fewer cores than the
     stages ask for, every pool's share is scaled down alike: actors then take turns on the cores
@@ -53,7 +57,7 @@ def plan_pools(stages: Sequence[StageSpec], num_cpus: float, num_gpus: float) ->
     cpus = sum(need.num_cpus * need.min_actors for need in asked)
     scale = min(1.0, (num_cpus - 2 * WRITE_CPUS) / cpus)
     pools = []
-    has_clips = False
+    has_clips = of_clips
     for group, need in zip(groups, asked, strict=True):
         room = num_gpus / need.num_gpus if need.num_gpus else num_cpus / need.num_cpus
         most = need.max_actors or max(need.min_actors, int(room))

@@ -41,8 +41,11 @@ class Snapshot:
 class ProgressDisplay:
     """Live bars on a terminal, a line every ten seconds elsewhere. Use as a context manager."""
 
-    def __init__(self, console: Console, stages: Sequence[str], num_videos: int) -> None:
+    def __init__(
+        self, console: Console, stages: Sequence[str], num_videos: int, unit: str = "videos"
+    ) -> None:
         self._console = console
+        self._unit = unit
         self._num_videos = num_videos
         self._start = time.monotonic()
         self._last_plain = self._start
@@ -55,7 +58,7 @@ class ProgressDisplay:
             transient=True,
             disable=not console.is_terminal,
         )
-        self._videos = self._add("videos", num_videos)
+        self._videos = self._add(unit, num_videos)
         self._stages: dict[str, TaskID] = {name: self._add(name, None) for name in stages}
 
     def __enter__(self) -> "ProgressDisplay":
@@ -69,7 +72,7 @@ class ProgressDisplay:
         """Draws a state."""
         elapsed = time.monotonic() - self._start
         done = snapshot.num_videos_done
-        whole = _rate(done, elapsed, "videos")
+        whole = _rate(done, elapsed, self._unit)
         if 0 < done < self._num_videos:
             whole += f", {duration(elapsed / done * (self._num_videos - done))} left"
         self._update(self._videos, done, self._num_videos, whole)
@@ -93,7 +96,7 @@ class ProgressDisplay:
                 if name in snapshot.stages
             )
             self._console.print(
-                f"{duration(elapsed):>7}  videos {done} of {self._num_videos}  {whole}  {stages}",
+                f"{duration(elapsed):>7}  {self._unit} {done} of {self._num_videos}  {whole}  {stages}",
                 highlight=False,
                 soft_wrap=True,
             )

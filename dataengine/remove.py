@@ -66,7 +66,7 @@ def remove(corpus: Corpus, video_ids: Collection[str]) -> Removal:
             _rewrite(
                 corpus,
                 corpus.path(name),
-                records.CATALOG_SCHEMA,
+                None,
                 lambda table: _without(table, ids),
             )
             after = pq.read_metadata(corpus.path(name), filesystem=corpus.fs).num_rows
@@ -126,7 +126,10 @@ def _rewrite(
     schema: pa.Schema | None,
     change: Callable[[pa.Table], pa.Table | None],
 ) -> None:
-    """Replaces a small Parquet file by what ``change`` makes of it; None leaves it."""
+    """Replaces a small Parquet file by what ``change`` makes of it; None leaves it.
+
+    A ``schema`` of None keeps that of the file, and with it what annotation has noted there.
+    """
     changed = change(_read(corpus, path))
     if changed is not None:
         final = changed if schema is None else changed.cast(schema)

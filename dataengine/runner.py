@@ -39,6 +39,7 @@ import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dataengine import records
+from dataengine.annotate import Annotation, clips_to_annotate, store
 from dataengine.config import Pipeline
 from dataengine.corpus import Corpus
 from dataengine.errors import DependencyError, EngineError
@@ -51,6 +52,8 @@ from dataengine.stage import Drop, Outcome, Row, Stage
 from dataengine.stages.download import DownloadStage
 
 _POLL_S = 0.5
+READ_CPUS = 0.1
+"""Cores reserved by a task that reads a shard: it mostly waits for the disk."""
 
 
 def execute(
@@ -79,19 +82,96 @@ def execute(
     Raises:
         EngineError: If the cluster is too small, a model is missing or a stage fails.
     """
+    with _session(pipeline, address, display) as (pools, control):
+        for rows in _waves(plan.todo, pipeline.runtime.videos_per_wave):
+            dataset = ray.data.from_arrow([source_table([row]) for row in rows])
+            dataset = _through(dataset, pools, control, pipeline.runtime.max_attempts)
+            sink = _CorpusSink(corpus, run_id, pipeline)
+            dataset.write_datasink(sink, ray_remote_args={"num_cpus": WRITE_CPUS})
+        return ray.get(control.snapshot.remote())
+
+
+def execute_annotation(
+    annotation: Annotation,
+    corpus: Corpus,
+    run_id: str,
+    shards: Sequence[str],
+    *,
+    address: str | None,
+    display: ProgressDisplay,
+) -> Snapshot:
+    """Runs annotation stages over shards of a corpus and commits each as it is done.
+
+    Args:
+        annotation: What to run.
+        corpus: Which; ``run_id`` must be its current run.
+        run_id: The run's name.
+        shards: Names of the shards to do.
+        address: As in `execute`.
+        display: Shows how it goes; counts shards.
+
+    Returns:
+        What every stage has done.
+
+    Raises:
+        EngineError: If the cluster is too small, a model is missing or a stage fails.
+    """
+    pipeline = annotation.pipeline
+    with _session(pipeline, address, display, of_clips=True, other_cpus=READ_CPUS) as (
+        pools,
+        control,
+    ):
+        wave = pipeline.runtime.videos_per_wave
+        for start in range(0, len(shards), wave):
+            tables = [pa.table({"shard": [shard]}) for shard in shards[start : start + wave]]
+            dataset = ray.data.from_arrow(tables).map_batches(
+                _ShardReader(corpus, annotation),
+                batch_size=1,
+                batch_format="pyarrow",
+                num_cpus=READ_CPUS,
+            )
+            dataset = _through(dataset, pools, control, pipeline.runtime.max_attempts)
+            sink = _AnnotationSink(corpus, run_id, annotation)
+            dataset.write_datasink(sink, ray_remote_args={"num_cpus": WRITE_CPUS})
+        return ray.get(control.snapshot.remote())
+
+
+@contextlib.contextmanager
+def _session(
+    pipeline: Pipeline,
+    address: str | None,
+    display: ProgressDisplay,
+    *,
+    of_clips: bool = False,
+    other_cpus: float = 0.0,
+) -> Iterator[tuple[list[Pool], Any]]:
+    """Connects to Ray, plans the actor pools and shows progress; errors leave in a user's words.
+
+    Args:
+        pipeline: What to run.
+        address: As in `execute`.
+        display: Shows how it goes.
+        of_clips: Whether the first stage is given clips, not whole videos.
+        other_cpus: Cores needed by tasks beside the pools.
+    """
     ours = not ray.is_initialized()
     if ours:
         _start_ray(address)
     control: Any = None
     try:
-        pools = plan_pools(pipeline.stages, *_cluster_size())
+        num_cpus, num_gpus = _cluster_size()
+        pools = plan_pools(pipeline.stages, num_cpus - other_cpus, num_gpus, of_clips=of_clips)
+        context = ray.data.DataContext.get_current()
+        context.target_max_block_size = None
+        context.enable_progress_bars = False
+        context.execution_no_progress_timeout_s = pipeline.runtime.no_progress_timeout_s
+        context.max_errored_blocks = 0
+        context.print_on_execution_start = False
         # Pinned to the driver's node: it must live exactly as long as the run.
         node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         control = ray.remote(_Control).options(num_cpus=0, scheduling_strategy=node).remote()
         with _Poller(control, display):
-            for rows in _waves(plan.todo, pipeline.runtime.videos_per_wave):
-                _run_wave(pipeline, corpus, run_id, rows, pools, control)
-        return ray.get(control.snapshot.remote())
+            yield pools, control
     except Exception as error:
         failure: Any = None
         if control is not None:
@@ -113,22 +193,10 @@ def _waves(todo: Path, size: int) -> Iterable[list[Row]]:
 # ------------------------------------------------------------------------------------- the graph
 
 
-def _run_wave(
-    pipeline: Pipeline,
-    corpus: Corpus,
-    run_id: str,
-    rows: list[Row],
-    pools: Sequence[Pool],
-    control: Any,
-) -> None:
-    context = ray.data.DataContext.get_current()
-    context.target_max_block_size = None
-    context.enable_progress_bars = False
-    context.execution_no_progress_timeout_s = pipeline.runtime.no_progress_timeout_s
-    context.max_errored_blocks = 0
-    context.print_on_execution_start = False
-
-    dataset = ray.data.from_arrow([source_table([row]) for row in rows])
+def _through(
+    dataset: ray.data.Dataset, pools: Sequence[Pool], control: Any, max_attempts: int
+) -> ray.data.Dataset:
+    """Returns the dataset after an actor pool for every stage, or for stages that share one."""
     for index, pool in enumerate(pools):
         options: dict[str, Any] = {"memory": pool.memory_bytes} if pool.memory_bytes else {}
         dataset = dataset.map_batches(
@@ -143,13 +211,12 @@ def _run_wave(
             fn_constructor_kwargs={
                 "stages": pool.stages,
                 "control": control,
-                "max_attempts": pipeline.runtime.max_attempts,
+                "max_attempts": max_attempts,
                 "is_last": index == len(pools) - 1,
             },
             **options,
         )
-    sink = _CorpusSink(corpus, run_id, pipeline)
-    dataset.write_datasink(sink, ray_remote_args={"num_cpus": WRITE_CPUS})
+    return dataset
 
 
 class _Room:
@@ -310,6 +377,35 @@ class _CorpusSink(ray.data.Datasink):
 def _plain(clips: pa.Table) -> pa.Table:
     """Returns the clips with exactly the stored types, so that blocks can be put together."""
     return clips.cast(records.CLIP_SCHEMA)
+
+
+# ------------------------------------------------------------------------ annotating a corpus
+
+
+class _ShardReader:
+    """Shard name -> its clips, with the columns that stages read; a task, so nothing is kept."""
+
+    def __init__(self, corpus: Corpus, annotation: Annotation) -> None:
+        self._corpus = corpus
+        self._annotation = annotation
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        return clips_to_annotate(self._corpus, self._annotation, table["shard"][0].as_py())
+
+
+class _AnnotationSink(ray.data.Datasink):
+    """Writes new annotations into their shards."""
+
+    def __init__(self, corpus: Corpus, run_id: str, annotation: Annotation) -> None:
+        self._corpus = corpus
+        self._run_id = run_id
+        self._annotation = annotation
+
+    def write(self, blocks: Iterable[Any], ctx: Any) -> None:
+        """Rewrites each block's shard; called in a task of its own, and again if that task dies."""
+        for block in blocks:
+            if block.num_rows:
+                store(self._corpus, self._annotation, block, self._run_id)
 
 
 # --------------------------------------------------------------------------------------- control

@@ -35,7 +35,7 @@ def connect(corpus: Corpus) -> duckdb.DuckDBPyConnection:
     if not corpus.is_local:
         db.register_filesystem(corpus.fs)
     try:
-        _view(db, "clips", corpus, corpus.catalog_parts(), records.CATALOG_SCHEMA)
+        _view(db, "clips", corpus, corpus.catalog_parts(), corpus.catalog_schema)
         _view(db, "all_videos", corpus, corpus.video_parts(), records.VIDEO_SCHEMA)
     except duckdb.Error as error:
         raise CorpusError(

@@ -78,8 +78,8 @@ def open_index(data: str, caption: str) -> ClipIndex:
         ConfigError: If the column is no text column of the catalog.
     """
     url, _, subset = data.partition("#")
-    check_caption_column(caption)
     corpus = Corpus.open(url)
+    check_caption_column(corpus, caption)
     chosen = _subset_ids(corpus, subset) if subset else None
 
     shards = tuple(corpus.names("catalog"))
@@ -93,7 +93,10 @@ def open_index(data: str, caption: str) -> ClipIndex:
         path = corpus.path("catalog", f"{shard}.parquet")
         # The handle is closed by the with statement; a ParquetFile on a path would keep it.
         with filesystem.open_input_file(path) as file:
-            table = pq.read_table(file, columns=columns)
+            parquet = pq.ParquetFile(file)
+            table = parquet.read([name for name in columns if name in parquet.schema_arrow.names])
+        if caption not in table.column_names:  # annotation has not come to this shard yet
+            table = table.append_column(caption, pa.nulls(len(table), pa.string()))
         if chosen is not None:
             table = table.filter(
                 pc.call_function("is_in", [table["clip_id"]], pc.SetLookupOptions(chosen))
@@ -152,10 +155,9 @@ def split_by_video(
     return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
 
 
-def check_caption_column(name: str) -> None:
+def check_caption_column(corpus: Corpus, name: str) -> None:
     """Raises ConfigError unless the catalog has a column of that name that holds text."""
-    schema = records.CATALOG_SCHEMA
-    texts = [field.name for field in schema if field.type == pa.string()]
+    texts = [field.name for field in corpus.catalog_schema if field.type == pa.string()]
     if name not in texts:
         known = [text for text in texts if text.startswith(("caption", "transcript", "title"))]
         raise ConfigError(
@@ -172,7 +174,7 @@ def arrow_filesystem(corpus: Corpus) -> arrow_fs.FileSystem:
 
 def _filled_captions(corpus: Corpus) -> list[str]:
     """Returns the caption columns that hold text for any clip."""
-    schema = records.CATALOG_SCHEMA
+    schema = corpus.catalog_schema
     names = [f.name for f in schema if f.name.startswith("caption") and f.type == pa.string()]
     table = corpus.catalog(names)
     return [name for name in names if table[name].null_count < len(table)]
