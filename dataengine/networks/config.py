@@ -75,3 +75,67 @@ class ViCLIPConfig(NetworkConfig):
     """Start of the learnt temperature tau; similarities are divided by it. Never below 1/100."""
     pixel_mean: tuple[float, float, float] = IMAGENET_MEAN
     pixel_std: tuple[float, float, float] = IMAGENET_STD
+
+
+class BeatsNetworkConfig(NetworkConfig):
+    """BEATs' audio encoder (Chen et al. 2023, arXiv 2212.09058); the defaults are the published shape.
+
+    Dropouts and whatever else a published ``cfg`` holds for training alone has no place here.
+    """
+
+    patch_size: int = Field(default=16, gt=0)
+    """Edge of a patch: frames of 10 ms, and mel bins."""
+    embed_dim: int = Field(default=512, gt=0)
+    """Width of a patch before it is projected to ``width``."""
+    conv_bias: bool = False
+    width: int = Field(default=768, gt=0)
+    mlp_width: int = Field(default=3072, gt=0)
+    layers: int = Field(default=12, gt=0)
+    heads: int = Field(default=12, gt=0)
+    deep_norm: bool = True
+    """Whether residuals are scaled by (2 x layers) ** 1/4 (DeepNet, Wang et al. 2022)."""
+    conv_pos: int = Field(default=128, gt=0)
+    """Kernel of the convolution that says where a patch is, in patches."""
+    conv_pos_groups: int = Field(default=16, gt=0)
+    num_buckets: int = Field(default=320, ge=4)
+    """Distances that the relative position bias tells apart, both directions together."""
+    max_distance: int = Field(default=800, gt=0)
+    """Distance in patches from which on all share the last bucket."""
+    num_classes: int = Field(default=0, ge=0)
+    """Outputs of the classifier of a fine-tuned model, 527 for AudioSet; 0 has none."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> "BeatsNetworkConfig":
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if self.width % self.conv_pos_groups:
+            raise ValueError(
+                f"width {self.width} is not a multiple of {self.conv_pos_groups} groups"
+            )
+        if self.max_distance <= self.num_buckets // 4:
+            raise ValueError(f"max_distance {self.max_distance} is within the exact buckets")
+        return self
+
+
+class AudioQFormerConfig(NetworkConfig):
+    """The Q-Former between BEATs and a language model; the defaults are BLIP-2's and VideoChat's."""
+
+    num_queries: int = Field(default=32, gt=0)
+    """Learned queries, and so soft tokens that the language model hears."""
+    width: int = Field(default=768, gt=0)
+    mlp_width: int = Field(default=3072, gt=0)
+    layers: int = Field(default=12, gt=0)
+    heads: int = Field(default=12, gt=0)
+    cross_attention_frequency: int = Field(default=2, gt=0)
+    """Every so many layers look at the sound."""
+    dropout: float = Field(default=0.1, ge=0, lt=1)
+    window_s: float = Field(default=10.0, gt=0)
+    """BEATs hears at most this much at once: AudioSet's clips, on which it was trained, are of 10 s."""
+    max_windows: int = Field(default=3, gt=0)
+    """Windows that are heard; what comes later in a sound is not."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> "AudioQFormerConfig":
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        return self
