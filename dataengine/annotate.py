@@ -253,10 +253,8 @@ def _matching(corpus: Corpus, where: str, shard: str) -> set[str]:
     """Returns the ids of a shard's clips that a condition selects."""
     from dataengine.query import sql
 
-    with sql.connect(corpus) as db:
-        quoted = shard.replace("'", "''")
-        statement = f"select clip_id from clips where shard = '{quoted}' and ({where}\n)"
-        _, batches = sql.run(db, statement)
+    with sql.connect(corpus, shard) as db:
+        _, batches = sql.run(db, sql.select_statement(where, "clip_id", "clip_id"))
         return {name for batch in batches for name in batch["clip_id"].to_pylist()}
 
 

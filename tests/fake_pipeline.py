@@ -9,17 +9,19 @@ import os
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
 from rich.console import Console
 
 from dataengine import records
+from dataengine.annotate import annotate, make_annotation
 from dataengine.config import Pipeline, RuntimeSettings, ShardSettings
 from dataengine.errors import DependencyError
 from dataengine.flow import VIDEO_STRUCT
 from dataengine.ingest import RunResult, ingest
-from dataengine.stage import Drop, Kept, Resources, Stage
+from dataengine.stage import Drop, Kept, Resources, Stage, provenance
 from tests.helpers import clip_row
 
 LIGHT = Resources(num_cpus=0.3, batch_size=4)
@@ -97,6 +99,41 @@ class FakeCaption(Stage):
         return Kept(({"caption": f"about {clip_id}"},))
 
 
+class Recaption(Stage):
+    """Writes ``caption`` and ``clip_score`` anew; drops the clips of ``bad``, forgets those of ``mute``."""
+
+    name = "recaption"
+    inputs = ("clip_id",)
+    outputs = pa.schema([("caption", pa.string()), ("clip_score", pa.float32())])
+
+    class Config(Stage.Config):
+        resources: Resources = LIGHT
+        word: str = "new"
+        bad: str = "-"
+        mute: str = "-"
+        seconds: float = 0.0
+
+    def process(self, batch):
+        time.sleep(self.config.seconds)
+        return [self._one(row["clip_id"]) for row in batch]
+
+    def _one(self, clip_id):
+        if clip_id.startswith(self.config.bad):
+            return Drop("bad_frames")
+        if clip_id.startswith(self.config.mute):
+            return Kept(({"caption": None, "clip_score": None},))
+        wrote = [provenance(name, "recaptioner", self.config.word) for name in self.outputs.names]
+        return Kept(
+            ({"caption": f"{self.config.word} {clip_id}", "clip_score": 0.5, "provenance": wrote},)
+        )
+
+
+def recaption_pipeline(**settings) -> Pipeline:
+    return replace(
+        fake_pipeline(), stages=((Recaption, Recaption.Config.model_validate(settings)),)
+    )
+
+
 def fake_pipeline(
     seconds: float = 0.0, *, broken_setup: bool = False, waves: int = 100
 ) -> Pipeline:
@@ -127,5 +164,9 @@ def run_fake(sources: Path, corpus: Path, pipeline: Pipeline | None = None) -> R
     )
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and sys.argv[1] == "annotate":
+    annotate(
+        make_annotation(recaption_pipeline(seconds=0.3), ["recaption"]), sys.argv[2], Console()
+    )
+elif __name__ == "__main__":
     run_fake(Path(sys.argv[1]), Path(sys.argv[2]), fake_pipeline(float(sys.argv[3])))

@@ -22,11 +22,15 @@ _SELECT = re.compile(r"\s*(select|with|from)\b", re.IGNORECASE)
 _BATCH_ROWS = 10_000
 
 
-def connect(corpus: Corpus) -> duckdb.DuckDBPyConnection:
+def connect(corpus: Corpus, shard: str | None = None) -> duckdb.DuckDBPyConnection:
     """Returns a DuckDB connection with the views ``clips`` and ``videos``, and nothing else in reach.
 
     ``clips`` is the catalog, ``videos`` the current ledger row of every source. The SQL that runs
     on it can read the corpus' catalog and ledger, but no other file, and no network.
+
+    Args:
+        corpus: What to look at.
+        shard: Shows the clips of this shard alone; None shows all.
 
     Raises:
         CorpusError: If the catalog or the ledger is damaged.
@@ -35,7 +39,10 @@ def connect(corpus: Corpus) -> duckdb.DuckDBPyConnection:
     if not corpus.is_local:
         db.register_filesystem(corpus.fs)
     try:
-        _view(db, "clips", corpus, corpus.catalog_parts(), corpus.catalog_schema)
+        parts = corpus.catalog_parts()
+        if shard is not None:
+            parts = [corpus.path("catalog", f"{shard}.parquet")]
+        _view(db, "clips", corpus, parts, corpus.catalog_schema)
         _view(db, "all_videos", corpus, corpus.video_parts(), records.VIDEO_SCHEMA)
     except duckdb.Error as error:
         raise CorpusError(
