@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
+from dataengine import records
 from dataengine.annotate import (
     _todo,
     annotate,
@@ -26,8 +27,9 @@ from dataengine.errors import ConfigError
 from dataengine.flow import apply_stage
 from dataengine.query.verify import verify
 from dataengine.remove import remove
+from dataengine.stage import provenance
 from tests.fake_pipeline import recaption_pipeline
-from tests.helpers import clip_row, clips_table, ledger_row, small_corpus
+from tests.helpers import JPEG, clip_row, clips_table, ledger_row, small_corpus
 
 QUIET = Console(quiet=True)
 
@@ -160,6 +162,18 @@ def test_a_kill_between_a_shard_and_its_twin_costs_only_the_twin(tmp_path, monke
     monkeypatch.undo()
     assert verify(corpus).problems
     assert _todo(corpus, make(), again=False) == (shards[1:], shards[:1])
+
+
+def test_a_caption_of_other_frames_is_found(tmp_path):
+    corpus = Corpus.create(str(tmp_path / "c"))
+    corpus.take_over("r-1")
+    rows = [clip_row("v", 0, 1000), clip_row("v", 1000, 2000, frames=[JPEG, JPEG + b"x"])]
+    for row, frames in zip(rows, (rows[0]["frames"], rows[0]["frames"]), strict=True):
+        entry = provenance("caption_video", "m", input_hash=records.digest(*frames))
+        row |= {"caption_video": "a text", "provenance": [entry]}
+    corpus.commit(clips_table(rows), [ledger_row("v", rows)], run_id="r-1", fingerprint="f")
+    (problem,) = verify(corpus).problems
+    assert "v_1000_2000: caption_video was written about other frames" in problem
 
 
 def test_a_superseded_run_writes_nothing(tmp_path):

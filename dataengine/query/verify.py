@@ -227,6 +227,9 @@ def _media(row: dict[str, Any], decode: bool) -> Iterator[str]:
         yield "frame times lie outside the span"
     if any(frame[:3] != b"\xff\xd8\xff" for frame in frames):
         yield "a frame is not a JPEG"
+    shown = {entry["input_hash"]: entry["column"] for entry in row["provenance"] or ()}
+    for input_hash in shown.keys() - {None, records.digest(*frames)}:
+        yield f"{shown[input_hash]} was written about other frames"
     if row["video"] is None:
         return  # a pipeline may store frames only
     mp4 = row["video"]["bytes"] or b""
