@@ -10,7 +10,9 @@ pipeline reports a file that does not fit, before the run::
     VARIABLES = {"system": set(), "ask": {"sources"}}
 
     class MyConfig(Settings):
-        prompt: Annotated[str, PromptFile(VARIABLES)] = Field("prompts/my.v1.yaml", validate_default=True)
+        prompt: Annotated[str, PromptFile(VARIABLES)] = Field(
+            default="prompts/my.v1.yaml", validate_default=True
+        )
 
 and its user reads it with ``load_prompt(config.prompt, VARIABLES)``. What comes from a clip
 (transcripts, titles, captions) is data and goes through `as_data` and `data_block`.

@@ -2,18 +2,20 @@
 """Captions of one clip -> captions of several modalities at once.
 
 InternVideo2 (App. B.2) trains on five captions of a clip: video (V), audio (A), speech (S),
-audio-video (AV) and audio-video-speech (AVS). There an LLM writes the last two; the template
-here joins what the others say, and adds nothing.
+audio-video (AV) and audio-video-speech (AVS). There an LLM writes the last two (`LLMFuserConfig`);
+the template here joins what the others say, and adds nothing.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Literal, Protocol
 
 from pydantic import Field
 
 from dataengine.models.answers import Author
-from dataengine.prompts import Prompt, load_prompt
+from dataengine.models.llm import LLMConfig
+from dataengine.models.validate import TextChecks
+from dataengine.prompts import Prompt, PromptFile, cut_at_word, load_prompt
 from dataengine.stage import Settings
 
 
@@ -38,10 +40,12 @@ class FusedCaptions:
     speech: str | None
     audio_video: str | None
     audio_video_speech: str | None
-    author: Author | None = None
-    """Who wrote them, where that is not the fuser itself, e.g. the template it fell back to."""
-    note: str | None = None
-    """What was unusual, e.g. ``template:bad_output``."""
+    authors: Mapping[str, Author] = field(default_factory=dict)
+    """Column (``caption_speech`` ...) -> who wrote it, where that is not the fuser itself."""
+    notes: Mapping[str, str] = field(default_factory=dict)
+    """Column -> what was unusual about it, e.g. ``template:refusal``."""
+    input_hash: str | None = None
+    """`records.digest` of what a language model was shown; None if none was asked."""
 
 
 class Fuser(Protocol):
@@ -56,18 +60,62 @@ class Fuser(Protocol):
         ...
 
 
+TEMPLATE_VARIABLES = {"speech": {"quote"}, "speech_foreign": {"quote", "language"}}
+"""Texts of the template's file and their variables."""
+
+
 class TemplateConfig(Settings):
     """Joins sentences by rule."""
 
     kind: Literal["template"] = "template"
-    template: str = "prompts/fuse_template.v1.yaml"
+    template: Annotated[str, PromptFile(TEMPLATE_VARIABLES)] = Field(
+        default="prompts/fuse_template.v1.yaml", validate_default=True
+    )
     """Prompt file with the sentences that quote speech; its variables are declared in it."""
     max_quote_chars: int = Field(default=160, ge=10)
     """Longest quotation of a transcript; a longer one ends at a word with an ellipsis."""
 
 
-FuserConfig = TemplateConfig
-"""The families of fusion; a second kind makes this a union on ``kind``."""
+LLM_VARIABLES = {
+    "system": set(),
+    "ask_av": {"sources"},
+    "ask_avs": {"sources"},
+    "ask_av_avs": {"sources"},
+    "retry": {"problem"},
+}
+"""Texts of the language model's prompt file and their variables."""
+
+
+class LLMFuserConfig(Settings):
+    """A language model writes AV and AVS, one request per clip; what it gets wrong, the template does.
+
+    A clip of which one modality alone is known needs no language model, and speech (S) is always
+    quoted by the template: it is what was said, and a model could only change it.
+    """
+
+    kind: Literal["llm"] = "llm"
+    llm: LLMConfig
+    """Who is asked."""
+    prompt: Annotated[str, PromptFile(LLM_VARIABLES)] = Field(
+        default="prompts/fuse_llm.v1.yaml", validate_default=True
+    )
+    """Prompt file."""
+    max_caption_chars: int = Field(default=1200, ge=10)
+    """Longest video or audio caption shown; a longer one ends at a word."""
+    max_transcript_chars: int = Field(default=1500, ge=10)
+    """Longest transcript shown: about 100 s of speech. A longer one ends at a word."""
+    max_tokens: int = Field(default=400, ge=16)
+    """Longest answer, with its JSON."""
+    checks: TextChecks = TextChecks()
+    """What a caption must be like."""
+    min_shared_words: int = Field(default=1, ge=0)
+    """Words of the video and audio captions that a fused one must hold: one that shares none tells of
+    something else, such as what a transcript orders it to say. 0 does not look."""
+    template: TemplateConfig = Field(default_factory=TemplateConfig)
+    """Who quotes speech, and fuses where the language model fails."""
+
+
+FuserConfig = Annotated[TemplateConfig | LLMFuserConfig, Field(discriminator="kind")]
 
 
 _LANGUAGES = {
@@ -95,11 +143,12 @@ def quotation(text: str, max_chars: int) -> str:
     without spaces, at the last character that fits).
     """
     line = " ".join(text.replace('"', "'").split())
-    if len(line) > max_chars:
-        head = line[: max_chars + 1]
-        head = head.rsplit(" ", 1)[0] if " " in head else head[:max_chars]
-        line = head[:max_chars].rstrip(" .,;:") + "..."
-    return f'"{line}"'
+    return f'"{cut_at_word(line, max_chars)}"'
+
+
+def language_name(language: str) -> str:
+    """Returns the English name of an ISO 639 code, or "another language"."""
+    return _LANGUAGES.get(language, "another language")
 
 
 def speech_caption(
@@ -114,8 +163,7 @@ def speech_caption(
     quote = quotation(transcript or "", max_chars)
     if language in (None, "en"):
         return template.render("speech", quote=quote)
-    name = _LANGUAGES.get(language, "another language")
-    return template.render("speech_foreign", quote=quote, language=name)
+    return template.render("speech_foreign", quote=quote, language=language_name(language))
 
 
 def join_sentences(*parts: str | None) -> str | None:
@@ -131,10 +179,7 @@ class TemplateFuser:
 
     def __init__(self, config: TemplateConfig) -> None:
         self._max_quote_chars = config.max_quote_chars
-        self.template = load_prompt(
-            config.template,
-            {"speech": {"quote"}, "speech_foreign": {"quote", "language"}},
-        )
+        self.template = load_prompt(config.template, TEMPLATE_VARIABLES)
         self.prompt_hash: str | None = self.template.sha256
 
     def fuse(self, captions: Sequence[Captions]) -> list[FusedCaptions]:
@@ -152,7 +197,16 @@ class TemplateFuser:
         )
 
 
-def build_fuser(config: FuserConfig) -> Fuser:
-    """Returns the fuser that a config names."""
-    builders = {"template": TemplateFuser}
-    return builders[config.kind](config)
+def build_fuser(config: TemplateConfig | LLMFuserConfig) -> Fuser:
+    """Returns the fuser that a config names.
+
+    Raises:
+        DependencyError: If its language model, or what checks its answers, is missing.
+    """
+    match config:
+        case TemplateConfig():
+            return TemplateFuser(config)
+        case LLMFuserConfig():
+            from dataengine.models.fusion_llm import LLMFuser
+
+            return LLMFuser(config)

@@ -12,10 +12,17 @@ from collections.abc import Sequence
 from typing import Literal
 
 import pyarrow as pa
+from pydantic import Field
 
 from dataengine import records
 from dataengine.models.answers import Author
-from dataengine.models.fusion import Captions, FuserConfig, TemplateConfig, build_fuser
+from dataengine.models.fusion import (
+    Captions,
+    FusedCaptions,
+    FuserConfig,
+    TemplateConfig,
+    build_fuser,
+)
 from dataengine.stage import Kept, Outcome, Row, Stage, provenance
 
 
@@ -34,7 +41,7 @@ class FuseStage(Stage):
     class Config(Stage.Config):
         """Settings of fusion."""
 
-        model: FuserConfig = TemplateConfig()
+        model: FuserConfig = Field(default_factory=TemplateConfig)
         """Who joins the captions."""
         caption: Literal["caption_video", "caption_av", "caption_avs"] = "caption_video"
         """The column that ``caption``, which training reads, is a copy of."""
@@ -55,15 +62,7 @@ class FuseStage(Stage):
                 "caption_av": captions.audio_video,
                 "caption_avs": captions.audio_video_speech,
             }
-            fuser = self._fuser
-            author = captions.author or Author(fuser.model, fuser.revision, fuser.prompt_hash)
-            wrote = [
-                provenance(
-                    name, author.model, author.revision, author.prompt_hash, note=captions.note
-                )
-                for name, text in columns.items()
-                if text
-            ]
+            wrote = [self._entry(name, captions) for name, text in columns.items() if text]
             if not _is_given(row):
                 chosen = self.config.caption
                 columns["caption"] = row.get(chosen) if chosen not in columns else columns[chosen]
@@ -74,6 +73,20 @@ class FuseStage(Stage):
                 ]
             outcomes.append(Kept((columns | {"provenance": wrote},)))
         return outcomes
+
+    def _entry(self, column: str, captions: FusedCaptions) -> Row:
+        """Returns the provenance of a column that was written."""
+        fuser = self._fuser
+        own = Author(fuser.model, fuser.revision, fuser.prompt_hash)
+        author, note = captions.authors.get(column), captions.notes.get(column)
+        by = author or own
+        # What no language model was asked for has no input of one.
+        asked = author is None or note is not None
+        return provenance(
+            *(column, by.model, by.revision, by.prompt_hash),
+            input_hash=captions.input_hash if asked else None,
+            note=note,
+        )
 
 
 def _is_given(row: Row) -> bool:
