@@ -3,7 +3,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
@@ -19,8 +19,14 @@ class StageCounts:
         num_in: Rows it was given.
         num_out: Rows that live after it.
         num_dropped: Rows it dropped.
-        busy_s: Seconds spent in ``process``, added up over all actors.
-        setup_s: Seconds spent in ``setup``, added up over all actors.
+        busy_s: Seconds spent in ``process``, added up over all actors, like all seconds here.
+        setup_s: Seconds spent in ``setup``.
+        cpu_s: CPU seconds of ``process``, of all threads, and of the child processes that ended in it.
+        gpu_s: ``busy_s`` times the GPUs that the actor holds.
+        wait_s: Part of ``busy_s`` in which the actor waited for a core; 0 where the system does not say.
+        num_actors: Actors that have started, those in place of one that died included.
+        bytes_in: Rows it was given, as Arrow tables, media included.
+        bytes_out: The tables after it.
     """
 
     num_in: int = 0
@@ -28,14 +34,37 @@ class StageCounts:
     num_dropped: int = 0
     busy_s: float = 0.0
     setup_s: float = 0.0
+    cpu_s: float = 0.0
+    gpu_s: float = 0.0
+    wait_s: float = 0.0
+    num_actors: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
+
+
+@dataclass
+class VideoCost:
+    """What one video has cost at one stage; a batch of several videos is shared out by their rows."""
+
+    busy_s: float = 0.0
+    cpu_s: float = 0.0
+    gpu_s: float = 0.0
+    wait_s: float = 0.0
 
 
 @dataclass
 class Snapshot:
-    """The state of a run at one moment."""
+    """The state of a run at one moment.
+
+    Attributes:
+        stages: Name -> what it has done.
+        num_videos_done: Videos that have left the last stage.
+        videos: Source -> stage -> cost, of the first videos of a run; only when it has ended.
+    """
 
     stages: dict[str, StageCounts]
     num_videos_done: int = 0
+    videos: dict[str, dict[str, VideoCost]] = field(default_factory=dict)
 
 
 class ProgressDisplay:

@@ -13,11 +13,14 @@ an item that kills its worker ``max_attempts`` times ends as a Drop with reason 
 import contextlib
 import logging
 import os
+import resource
 import sys
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -47,11 +50,15 @@ from dataengine.fetch.cache import forget
 from dataengine.flow import WORKER_CRASHED, StageError, apply_stage, item_id, settle, source_table
 from dataengine.plan import Plan
 from dataengine.pools import WRITE_CPUS, Pool, StageSpec, plan_pools
-from dataengine.progress import ProgressDisplay, Snapshot, StageCounts
+from dataengine.progress import ProgressDisplay, Snapshot, StageCounts, VideoCost
 from dataengine.stage import Drop, Outcome, Row, Stage
 from dataengine.stages.download import DownloadStage
 
 _POLL_S = 0.5
+_SCHEDSTAT = "/proc/thread-self/schedstat"
+"""Linux: nanoseconds on a core, nanoseconds waiting for one, time slices."""
+_MOST_VIDEOS_COSTED = 1000
+"""Videos whose cost is remembered one by one; a plan's sample is smaller."""
 READ_CPUS = 0.1
 """Cores reserved by a task that reads a shard: it mostly waits for the disk."""
 
@@ -88,7 +95,7 @@ def execute(
             dataset = _through(dataset, pools, control, pipeline.runtime.max_attempts)
             sink = _CorpusSink(corpus, run_id, pipeline)
             dataset.write_datasink(sink, ray_remote_args={"num_cpus": WRITE_CPUS})
-        return ray.get(control.snapshot.remote())
+        return ray.get(control.ended.remote())
 
 
 def execute_annotation(
@@ -233,6 +240,8 @@ class _Room:
         self._max_attempts = max_attempts
         self._is_last = is_last
         self._last_source: str | None = None
+        # Whatever stage is at work, the actor holds what the greediest one of its stages asks for.
+        self._num_gpus = max(config.resources.num_gpus for _, config in stages)
         self._stages: list[Stage] = []
         for cls, config in stages:
             start = time.perf_counter()
@@ -244,26 +253,30 @@ class _Room:
                 ray.get(control.fail.remote(_setup_error(cls, error)))
                 raise
             seconds = time.perf_counter() - start
-            control.report.remote(cls.name, StageCounts(setup_s=seconds), 0)
+            control.report.remote(cls.name, StageCounts(setup_s=seconds, num_actors=1), 0, {})
             self._stages.append(stage)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         for stage in self._stages:
-            start = time.perf_counter()
-            before = table["_drop"].null_count
+            before, bytes_in = table["_drop"].null_count, table.nbytes
+            rows_of = _rows_of_videos(table)
+            start = _clocks()
             table = apply_stage(stage, table, lambda rows, stage=stage: self._process(stage, rows))
-            after = table["_drop"].null_count
+            busy_s, cpu_s, wait_s = (b - a for a, b in zip(start, _clocks(), strict=True))
+            cost = VideoCost(busy_s, cpu_s, busy_s * self._num_gpus, wait_s)
             counts = StageCounts(
                 num_in=before,
-                num_out=after,
+                num_out=table["_drop"].null_count,
                 num_dropped=sum(
                     1 for drop in table["_drop"].to_pylist() if drop and drop["stage"] == stage.name
                 ),
-                busy_s=time.perf_counter() - start,
+                bytes_in=bytes_in,
+                bytes_out=table.nbytes,
+                **vars(cost),
             )
             is_end = self._is_last and stage is self._stages[-1]
             self._control.report.remote(
-                stage.name, counts, self._new_videos(table) if is_end else 0
+                stage.name, counts, self._new_videos(table) if is_end else 0, _shares(cost, rows_of)
             )
         return table
 
@@ -304,6 +317,31 @@ class _Room:
             outcomes = _call(stage, batch)
         self._control.end.remote(key)
         return outcomes
+
+
+def _rows_of_videos(table: pa.Table) -> Counter[str]:
+    """Returns how many living rows each video has in a table."""
+    living = zip(table["_video"].to_pylist(), table["_drop"].is_null().to_pylist(), strict=True)
+    return Counter(video["source"] for video, lives in living if lives)
+
+
+def _shares(cost: VideoCost, rows_of: Counter[str]) -> dict[str, VideoCost]:
+    """Returns what each video has cost, by its rows."""
+    parts = {source: rows / rows_of.total() for source, rows in rows_of.items()}
+    return {
+        source: VideoCost(**{name: value * part for name, value in vars(cost).items()})
+        for source, part in parts.items()
+    }
+
+
+def _clocks() -> tuple[float, float, float]:
+    """Returns seconds of the wall, of CPU (with ended children) and of waiting for a core."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = time.process_time() + children.ru_utime + children.ru_stime
+    waited = 0
+    with contextlib.suppress(OSError, ValueError, IndexError), open(_SCHEDSTAT) as file:
+        waited = int(file.read().split()[1])
+    return time.perf_counter(), cpu, waited / 1e9
 
 
 def _call(stage: Stage, batch: list[Row]) -> Sequence[Outcome]:
@@ -418,6 +456,7 @@ class _Control:
         self._begun: dict[str, int] = {}
         self._failure: EngineError | None = None
         self._snapshot = Snapshot(stages={})
+        self._videos: dict[str, dict[str, VideoCost]] = {}
 
     def begin(self, key: str) -> int:
         """Notes the start of work; returns how often it was begun before and never ended."""
@@ -428,20 +467,38 @@ class _Control:
     def end(self, key: str) -> None:
         self._begun.pop(key, None)
 
-    def report(self, stage: str, counts: StageCounts, num_videos_done: int) -> None:
-        total = self._snapshot.stages.setdefault(stage, StageCounts())
-        for name, value in vars(counts).items():
-            setattr(total, name, getattr(total, name) + value)
+    def report(
+        self,
+        stage: str,
+        counts: StageCounts,
+        num_videos_done: int,
+        costs: dict[str, VideoCost],
+    ) -> None:
+        _add(self._snapshot.stages.setdefault(stage, StageCounts()), counts)
         self._snapshot.num_videos_done += num_videos_done
+        for source, cost in costs.items():
+            if source in self._videos or len(self._videos) < _MOST_VIDEOS_COSTED:
+                stages = self._videos.setdefault(source, {})
+                _add(stages.setdefault(stage, VideoCost()), cost)
 
     def snapshot(self) -> Snapshot:
         return self._snapshot
+
+    def ended(self) -> Snapshot:
+        """Returns the last state, with what every video has cost."""
+        return replace(self._snapshot, videos=self._videos)
 
     def fail(self, error: EngineError) -> None:
         self._failure = self._failure or error
 
     def failure(self) -> EngineError | None:
         return self._failure
+
+
+def _add(total: StageCounts | VideoCost, part: StageCounts | VideoCost) -> None:
+    """Adds every number of a part to a total of the same class."""
+    for name, value in vars(part).items():
+        setattr(total, name, getattr(total, name) + value)
 
 
 class _Poller:
