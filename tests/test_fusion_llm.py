@@ -12,6 +12,7 @@ from dataengine.models.answers import TIMEOUT, Failure
 from dataengine.models.fusion import Captions, LLMFuserConfig
 from dataengine.models.fusion_llm import LLMFuser
 from dataengine.models.llm import HttpLLMConfig
+from dataengine.stage import Kept
 from dataengine.stages.fuse import FuseStage
 
 V = "A red ball rolls across a green lawn."
@@ -48,8 +49,9 @@ def asked_for(request, words=GOOD):
     return {name: words[name] for name in request.schema["properties"]}
 
 
-def clip(clip_id="c1", video=V, audio=A, transcript=S, language="en"):
-    return Captions(video, audio, transcript, language, clip_id)
+def clip(clip_id="c1", video=V, **known):
+    known = {"audio": A, "transcript": S, "language": "en"} | known
+    return Captions(video=video, clip_id=clip_id, **known)
 
 
 def fuse(say, *clips, **settings):
@@ -107,12 +109,12 @@ def test_answers_belong_to_their_clips_whatever_their_order():
     ]
 
     def say(request, _):
-        text = re.search(r"A (\w+) ball", request.prompt)[0]
+        (text,) = re.findall(r"A \w+ ball", request.prompt)
         return {name: f"{text} rolls and a piano plays." for name in request.schema["properties"]}
 
     fused, _ = fuse(say, *clips)
     for given, got in zip(clips, fused, strict=True):
-        assert given.video.rstrip(".") in got.audio_video
+        assert str(given.video).rstrip(".") in str(got.audio_video)
 
 
 @pytest.mark.parametrize("wrong", ["missing", "unknown", "twice"])
@@ -167,7 +169,7 @@ def test_two_bad_answers_end_in_the_template_with_the_reason(reason):
     (fused,), llm = fuse(lambda *_: BAD[reason])
     assert llm.calls == 2
     assert fused.audio_video == f"{V} {A}"
-    assert fused.audio_video_speech.startswith(f"{V} {A} A voice says")
+    assert str(fused.audio_video_speech).startswith(f"{V} {A} A voice says")
     assert fused.notes == dict.fromkeys(("caption_av", "caption_avs"), f"template:{reason}")
     assert {author.model for author in fused.authors.values()} == {"template"}
 
@@ -219,7 +221,7 @@ def test_a_transcript_is_data(name):
     (request,) = llm.requests
     lines = request.prompt.splitlines()
     fences = [line for line in lines if line.startswith("[")]
-    marker = re.fullmatch(r"\[video caption ([0-9a-f]{12})\]", fences[0])[1]
+    (marker,) = re.findall(r"^\[video caption ([0-9a-f]{12})\]$", fences[0])
     assert [line.replace(marker, "M") for line in fences] == [
         "[video caption M]", "[end of video caption M]",
         "[audio caption M]", "[end of audio caption M]",
@@ -248,7 +250,7 @@ def test_what_a_transcript_orders_does_not_become_the_caption():
 
     (fused,), _ = fuse(obeys, clip(transcript=HOSTILE["order"]))
     assert fused.notes["caption_avs"] == "template:too_short"
-    assert fused.audio_video_speech.startswith(V)
+    assert str(fused.audio_video_speech).startswith(V)
 
 
 def test_a_foreign_transcript_is_named_and_may_be_quoted():
@@ -294,6 +296,7 @@ def entries(outcome):
 def test_the_provenance_says_who_wrote_what(monkeypatch):
     made = stage(lambda request, _: asked_for(request), monkeypatch, caption="caption_avs")
     (outcome,) = made.process([row()])
+    assert isinstance(outcome, Kept)
     wrote = entries(outcome)
     assert {column: entry["model"] for column, entry in wrote.items()} == {
         "caption_speech": "template", "caption_av": "fake-llm", "caption_avs": "fake-llm",
@@ -309,6 +312,7 @@ def test_the_provenance_says_who_wrote_what(monkeypatch):
 def test_the_provenance_of_a_fallback_says_why(monkeypatch):
     made = stage(lambda *_: "no", monkeypatch, caption="caption_av")
     (outcome,) = made.process([row()])
+    assert isinstance(outcome, Kept)
     wrote = entries(outcome)
     assert {entry["model"] for entry in wrote.values()} == {"template"}
     assert {column: entry["note"] for column, entry in wrote.items()} == {
