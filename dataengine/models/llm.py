@@ -8,13 +8,14 @@ Every request carries the id of what it is about and a hash of what it shows; an
 id, never by order.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 from pydantic import Field
 
-from dataengine.models.answers import Failure
+from dataengine.models.answers import BAD_OUTPUT, Failure
 from dataengine.needs import Endpoint, Need, Package, Weights
 from dataengine.stage import Settings
 
@@ -44,6 +45,46 @@ class Request:
     max_tokens: int = 256
 
 
+def schema_prompt(request: Request) -> str:
+    """Returns the prompt of a request, with its JSON schema in words where it has one.
+
+    For models that nothing but their prompt can hold to a schema.
+    """
+    if request.schema is None:
+        return request.prompt
+    schema = json.dumps(request.schema, ensure_ascii=False)
+    return (
+        f"{request.prompt}\n\nAnswer with JSON that follows this schema, and nothing else: {schema}"
+    )
+
+
+def read_answer(text: str | None, *, truncated: bool = False) -> str | Failure:
+    """Returns what a model answered, without the thoughts that come before it, or what is wrong.
+
+    Args:
+        text: All that was generated. Thoughts stand between ``<think>`` and ``</think>``; the chat
+            templates of some models write the opening tag themselves, so it may be missing.
+        truncated: Whether the limit of tokens ended it.
+    """
+    thought, ended, answer = (text or "").rpartition("</think>")
+    if truncated:
+        return Failure(BAD_OUTPUT, f"cut off at max_tokens: {answer.strip()[-60:]!r}")
+    if not ended and answer.lstrip().startswith("<think>"):
+        return Failure(BAD_OUTPUT, "thoughts without an answer")
+    if not answer.strip():
+        return Failure(BAD_OUTPUT, "thoughts without an answer" if thought else "empty answer")
+    return answer.strip()
+
+
+def check_ids(requests: Sequence[Request]) -> None:
+    """Raises ValueError if two requests of a call have the same id."""
+    seen: set[str] = set()
+    for request in requests:
+        if request.id in seen:
+            raise ValueError(f"two requests with the id {request.id}")
+        seen.add(request.id)
+
+
 class LanguageModel(Protocol):
     """Answers questions."""
 
@@ -64,7 +105,7 @@ class HttpLLMConfig(Settings):
     """Any OpenAI-compatible server: ``vllm serve``, ``transformers serve``, a hosted one."""
 
     kind: Literal["http"] = "http"
-    base_url: str
+    base_url: str = Field(pattern=r"^https?://")
     """With ``/v1``, e.g. ``http://localhost:8000/v1``."""
     model: str
     """Name that the server serves."""
@@ -77,15 +118,19 @@ class HttpLLMConfig(Settings):
     timeout_s: float = Field(default=120.0, gt=0)
     """Limit for one request; one that takes longer twice is a `Failure`."""
     max_wait_s: float = Field(default=900.0, ge=0)
-    """How long a server may be away (refused, 5xx, 429) before the run stops."""
+    """How long a server may be away (refused, 5xx, 429) without one answer in between, before the
+    run stops."""
     structured: Literal["response_format", "structured_outputs", "none"] = "response_format"
     """How a JSON schema is sent: OpenAI's field, vLLM's own, or in the prompt alone."""
-    temperature: float = Field(default=0.0, ge=0)
-    """0 is greedy."""
+    max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    """What the server calls the limit of an answer; OpenAI's newer models know the latter only."""
+    temperature: float | None = Field(default=0.0, ge=0)
+    """0 is greedy; None sends none."""
     seed: int | None = 0
     """Sent with every request; None sends none."""
     extra_body: dict[str, Any] = Field(default_factory=dict)
-    """Further fields of every request, as the server names them."""
+    """Further fields of every request, as the server names them, e.g.
+    ``chat_template_kwargs: {enable_thinking: false}`` for Qwen3 on vLLM."""
 
     neutral: ClassVar[frozenset[str]] = frozenset(
         {"base_url", "api_key_env", "concurrency", "timeout_s", "max_wait_s"}
