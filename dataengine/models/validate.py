@@ -192,9 +192,16 @@ _STRAIGHT = str.maketrans("\u2018\u2019\u201c\u201d\u201e\u00ab\u00bb", '\'\'"""
 _QUOTED = re.compile(r"\"[^\"]*\"|(?<!\w)'[^']*'(?!\w)")
 """What somebody in the clip says is not what the model says."""
 
+
+def words_of(text: str) -> list[str]:
+    """Returns the words of a text in lower case, without punctuation."""
+    return _WORD.findall(text.casefold().translate(_STRAIGHT).replace("'", ""))
+
+
 _SENTENCE_START = (
     r"(?:^|[.!?:;]\s+|\n)(?:(?:hi|hello|unfortunately|however|but|and|as such)[,.!]?\s+)?"
 )
+_AI = r"(?:ai|artificial intelligence|(?:large )?language model)"
 _REFUSALS = re.compile(
     _SENTENCE_START
     + r"(?:"
@@ -202,18 +209,23 @@ _REFUSALS = re.compile(
     + r"|(?:sorry|apologies|my apologies)\b"
     + r"|i (?:must )?apologi[sz]e"
     + r"|(?:i|we) (?:can ?not|can't|could not|couldn't|won't|will not|do not|don't|must decline|decline)\b"
-    + r"|it is not possible (?:for me )?to"
+    + r"|it is not possible for me\b"
     + r"|no (?:caption|captions|description|information|input|text|context|video|audio|transcript)\b"
     + r"[^.]{0,40}\b(?:provided|available|given|supplied)"
-    + r")"
-    + r"|\bas an? (?:ai|artificial intelligence|(?:large )?language model|ai assistant|assistant)\b"
-    + r"|\bi(?:'m| am) an? (?:ai|artificial intelligence|(?:large )?language model|assistant)\b",
+    + r")",
+    re.IGNORECASE,
+)
+_SELF = re.compile(
+    rf"\bas an? {_AI}\b(?: \w+){{0,2}},? (?:i|we)\b|\b(?:i'm|i am) an? {_AI}\b", re.IGNORECASE
+)
+_CHATTER_START = re.compile(
+    r"^\W*(?:here(?:'s| is| are)\b[^.]{0,60}"
+    r"\b(?:captions?|json|answer|translation|summary|descriptions?|output)\b"
+    r"|(?:(?:combined|fused|final|english) )?(?:captions?|answer|output|translation|summary|json)\s*:)",
     re.IGNORECASE,
 )
 _CHATTER = re.compile(
-    r"^\W*(?:(?:sure|certainly|of course|absolutely|okay|ok|great)\b[,.!:]"
-    r"|here(?:'s| is| are)\b[^.]{0,60}\b(?:captions?|json|answer|translation|summary|descriptions?|output)\b"
-    r"|(?:combined |fused |final )?(?:captions?|answer|output|translation|summary|json)\s*:)"
+    r"^\W*(?:sure|certainly|of course|absolutely|okay|ok|great)\b[,.!:]"
     r"|let me know if|i hope this helps|feel free to",
     re.IGNORECASE,
 )
@@ -221,15 +233,19 @@ _CHATTER = re.compile(
 _MARKUP = re.compile(r"<\|?/?\w+\|?>|\[/?INST\]|```")
 """Tokens of chat templates, tags, fences."""
 
+_FUNCTION_WORDS = set(
+    words_of("""
+        about after all also and another are around been but can does for from had has have her him his
+        how into its just like many more most not now off one other our out over own said say she some
+        such than that the their them then there these they this those through too two under until very
+        was way were what when where which while who will with would you your
+    """)
+)
+
 _MIN_ECHO_WORDS = 4
 _MIN_LOOP_REPEATS, _MIN_LOOP_WORDS = 4, 8
 _MIN_PHRASE_WORDS = 24
-_MAX_REPEATED_RATIO = 0.5
-
-
-def words_of(text: str) -> list[str]:
-    """Returns the words of a text in lower case, without punctuation."""
-    return _WORD.findall(text.casefold().translate(_STRAIGHT).replace("'", ""))
+_MAX_REPEATED_RATIO = 0.4
 
 
 def unquoted(text: str) -> str:
@@ -237,16 +253,20 @@ def unquoted(text: str) -> str:
     return _QUOTED.sub(" ", text.translate(_STRAIGHT))
 
 
-def refusal_problem(text: str) -> Failure | None:
+def refusal_problem(text: str, *, speech: bool = False) -> Failure | None:
     """Returns what is wrong if the model speaks instead of describing: it refuses, or chats.
 
     Only a sentence's beginning counts, and nothing that is quoted: a clip may well hold
     ``A woman says "I'm sorry, I cannot come."``
+
+    Args:
+        text: By the model.
+        speech: Whether it is what somebody says, such as a translation: people are sorry, too.
     """
     said = unquoted(text)
-    if _REFUSALS.search(said):
-        return Failure(REFUSAL, "It refused or spoke about itself instead of describing the clip.")
-    if _CHATTER.search(said):
+    if _SELF.search(said) or (not speech and _REFUSALS.search(said)):
+        return Failure(REFUSAL, "It refused or spoke about itself instead of doing the task.")
+    if _CHATTER_START.search(said) or (not speech and _CHATTER.search(said)):
         return Failure(CHATTER, "It spoke to the reader; only the text that was asked for counts.")
     return None
 
@@ -274,8 +294,8 @@ def repetition_problem(text: str) -> Failure | None:
     """Returns what is wrong if a text goes round in circles.
 
     Either up to eight words come four times or more in a row (over at least eight words: "no, no, no"
-    is a way of speaking), or, in texts of 24 words and more, over half of all groups of four words were
-    there before, or one character comes a dozen times in a row.
+    is a way of speaking), or, in texts of 24 words and more, over 40 % of all groups of four words
+    were there before, or one character comes a dozen times in a row.
     """
     words = words_of(text)
     problem = Failure(REPETITION, "It repeated itself.")
@@ -297,7 +317,8 @@ def repetition_problem(text: str) -> Failure | None:
 def grounding_problem(text: str, sources: Sequence[str], min_shared: int = 1) -> Failure | None:
     """Returns what is wrong if a text has nothing to do with what it was made of.
 
-    Words of four letters and more count, by their first five letters, so that "running" is "runs".
+    Words of three letters and more count, by their first five letters and without a plural's s;
+    those that are in every English text do not.
 
     Args:
         text: By the model.
@@ -311,7 +332,8 @@ def grounding_problem(text: str, sources: Sequence[str], min_shared: int = 1) ->
 
 
 def _stems(text: str) -> set[str]:
-    return {word[:5].removesuffix("s") for word in words_of(text) if len(word) >= 4}
+    words = set(words_of(text)) - _FUNCTION_WORDS
+    return {word.removesuffix("s")[:5] for word in words if len(word) >= 3}
 
 
 class TextChecker:
@@ -321,14 +343,21 @@ class TextChecker:
         checks: What it must be like.
         sentences: The prompt's own sentences, which it must not repeat (`Prompt.sentences`).
         names: Field names, markers and the like, which it must not hold.
+        speech: Whether the texts are what somebody says, such as translations.
 
     Raises:
         DependencyError: If the language model of `TextChecks.lid` is missing.
     """
 
     def __init__(
-        self, checks: TextChecks, sentences: Sequence[str] = (), names: Sequence[str] = ()
+        self,
+        checks: TextChecks,
+        sentences: Sequence[str] = (),
+        names: Sequence[str] = (),
+        *,
+        speech: bool = False,
     ) -> None:
+        self._speech = speech
         self._checks = checks
         self._sentences = tuple(sentences)
         self._names = tuple(names)
@@ -344,7 +373,7 @@ class TextChecker:
                 TOO_SHORT, f"It had {num_words} words; at least {checks.min_words} are needed."
             )
         return (
-            refusal_problem(text)
+            refusal_problem(text, speech=self._speech)
             or echo_problem(text, self._sentences, self._names)
             or repetition_problem(text)
             or self._length_problem(num_words)
