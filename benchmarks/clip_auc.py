@@ -17,7 +17,7 @@ from dataengine.corpus import Corpus
 from dataengine.errors import EngineError
 from dataengine.media import jpeg_decode
 from dataengine.models.answers import Failure
-from dataengine.models.clip import ClipScorer, OpenClipConfig, build_clip_scorer
+from dataengine.models.clip import ClipScorer, OpenClipConfig, build_clip_scorer, check_clip
 from dataengine.stages.score import spread
 
 NUM_FRAMES = 4
@@ -101,16 +101,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("corpus")
     parser.add_argument("--model", help="default: the model that ships with the package")
+    parser.add_argument("--pretrained", default="", help="weights for a plain model name")
     parser.add_argument("--column", default="caption_video")
     parser.add_argument("--rounds", type=int, default=10, help="other captions per clip")
     arguments = parser.parse_args()
 
     corpus = Corpus.open(arguments.corpus)
-    config = OpenClipConfig(model=arguments.model) if arguments.model else OpenClipConfig()
+    config = OpenClipConfig(model=arguments.model or "", pretrained=arguments.pretrained)
+    scorer = build_clip_scorer(config)
+    check_clip(scorer)
     rows = corpus.catalog().to_pylist()
-    scores = score_pairs(
-        corpus, build_clip_scorer(config), rows, arguments.column, arguments.rounds
-    )
+    scores = score_pairs(corpus, scorer, rows, arguments.column, arguments.rounds)
     print(
         f"{scores['clips']} clips: own caption {scores['own']:.3f}, another's "
         f"{scores['other']:.3f}; AUC {scores['auc']:.3f}, own caption wins {scores['wins']:.1%}"

@@ -10,6 +10,9 @@ L text tokens, D width of a tower, E embedding.
 Source: InternVid (Wang et al. 2023, arXiv:2307.06942), section 4.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -17,6 +20,12 @@ from torch import nn
 from dataengine.networks.config import TextTowerConfig, ViCLIPConfig, VideoTowerConfig
 from dataengine.networks.text import VOCAB_SIZE
 from dataengine.networks.transformer import LayerNorm, Transformer
+
+EXPORTED_CONFIG = "viclip_config.json"
+"""Shape of an exported model, beside its weights."""
+
+WEIGHTS = "model.safetensors"
+"""Weights of an exported model, or of a checkpoint."""
 
 MIN_TEMPERATURE = 0.01
 """CLIP and ViCLIP let similarities be scaled by no more than 100."""
@@ -143,3 +152,94 @@ def keep_random(x_BND: torch.Tensor, mask_ratio: float) -> torch.Tensor:
     shuffled_BN = torch.rand(B, N, device=x_BND.device).argsort(dim=1)
     kept_BK = shuffled_BN[:, :num_kept].sort(dim=1).values
     return x_BND.gather(1, kept_BK[..., None].expand(-1, -1, D))
+
+
+_HEAD_WIDTH = 64
+"""Of every published model: 8 to 16 heads, by the tower's width."""
+
+
+def published_weights(payload: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Returns the weights inside a published checkpoint, in float32 under the names of `ViCLIP`.
+
+    Args:
+        payload: What ``torch.load`` gives: the weights, or a dict that holds them as ``model`` beside the
+            state of the training run. Names may start with ``module.``, as DeepSpeed leaves them.
+
+    Raises:
+        ValueError: If there are no weights in it.
+    """
+    inner = payload.get("model", payload)
+    if not isinstance(inner, Mapping):
+        raise ValueError("its entry 'model' holds no weights")
+    state = {
+        str(name).removeprefix("module."): tensor.float()
+        for name, tensor in inner.items()
+        if isinstance(tensor, torch.Tensor)
+    }
+    if not state:
+        raise ValueError("it holds no weights")
+    return state
+
+
+def published_config(state: Mapping[str, torch.Tensor]) -> ViCLIPConfig:
+    """Returns the shape of a published model, read off its weights.
+
+    Raises:
+        ValueError: If a weight that tells is missing or has a shape of another model.
+    """
+    try:
+        conv_DCTHW = state["vision_encoder.conv1.weight"].shape
+        num_tokens, _ = state["vision_encoder.positional_embedding"].shape
+        _, num_frames, width = state["vision_encoder.temporal_positional_embedding"].shape
+        _, embed_dim = state["vision_encoder.proj"].shape
+        context_length, text_width = state["text_encoder.positional_embedding"].shape
+        patch_size = conv_DCTHW[-1]
+    except KeyError as error:
+        raise ValueError(f"missing {error.args[0]}") from error
+    return ViCLIPConfig.model_validate(
+        {
+            "kind": "viclip",
+            "embed_dim": embed_dim,
+            "video": {
+                "image_size": round((num_tokens - 1) ** 0.5) * patch_size,
+                "patch_size": patch_size,
+                "num_frames": num_frames,
+                "width": width,
+                "layers": _num_layers(state, "vision_encoder"),
+                "heads": max(1, width // _HEAD_WIDTH),
+            },
+            "text": {
+                "context_length": context_length,
+                "width": text_width,
+                "layers": _num_layers(state, "text_encoder"),
+                "heads": max(1, text_width // _HEAD_WIDTH),
+            },
+        }
+    )
+
+
+def _num_layers(state: Mapping[str, torch.Tensor], tower: str) -> int:
+    prefix = f"{tower}.transformer.resblocks."
+    return len(
+        {name.removeprefix(prefix).split(".")[0] for name in state if name.startswith(prefix)}
+    )
+
+
+def load_whole(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Loads weights; every name and shape must agree.
+
+    Raises:
+        ValueError: Naming the weights that do not.
+    """
+    own = model.state_dict()
+    problems = [f"missing {name}" for name in sorted(own.keys() - state.keys())]
+    problems += [f"unexpected {name}" for name in sorted(state.keys() - own.keys())]
+    problems += [
+        f"of another shape {name} {list(state[name].shape)} instead of {list(own[name].shape)}"
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError(", ".join(problems[:5]) + more)
+    model.load_state_dict(dict(state))

@@ -9,6 +9,7 @@ from dataengine.stages.download import DownloadStage
 from dataengine.stages.fuse import FuseStage
 from dataengine.stages.identify_language import IdentifyLanguageStage
 from dataengine.stages.score import ScoreStage
+from dataengine.stages.score_video_text import ScoreVideoTextStage
 from dataengine.stages.segment import SegmentStage
 from dataengine.stages.transcribe import TranscribeStage
 from dataengine.stages.translate import TranslateStage
@@ -24,5 +25,6 @@ STAGES: dict[str, type[Stage]] = {
     "translate": TranslateStage,
     "fuse": FuseStage,
     "score": ScoreStage,
+    "score_video_text": ScoreVideoTextStage,
 }
 """Name in a pipeline file -> stage class."""
