@@ -2,13 +2,15 @@
 """The command line: arguments in, one message out. The work is done elsewhere."""
 
 import contextlib
+import json
 import os
 import shlex
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 from rich.console import Console
@@ -45,6 +47,14 @@ class OutputFormat(StrEnum):
 
 
 CorpusArgument = Annotated[str, typer.Argument(help="Folder or URL of a corpus.")]
+PipelineArgument = Annotated[
+    Path, typer.Argument(help="Pipeline file, e.g. pipelines/quickstart.yaml.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Change a setting: stages.segment.num_frames=16."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="For programs, on stdout.")]
 
 
 @app.command()
@@ -177,13 +187,62 @@ def annotate(
         )
 
 
+@app.command()
+def doctor(
+    pipeline: PipelineArgument,
+    overrides: SetOption = None,
+    address: Annotated[
+        str | None,
+        typer.Option(help="Ray cluster whose CPUs and GPUs count; default this machine."),
+    ] = None,
+    corpus: Annotated[
+        str | None, typer.Option("--corpus", "-c", help="Where clips will go: its disk is checked.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what a pipeline needs that is not here: packages, weights, servers, GPUs, disk."""
+    from dataengine import doctor as checks
+    from dataengine.config import load_pipeline
+
+    findings = checks.examine(
+        load_pipeline(pipeline, overrides or []), address=address, corpus=corpus
+    )
+    ready = checks.is_ready(findings)
+    if as_json:
+        rows = [asdict(finding) for finding in findings]
+        typer.echo(json.dumps({"ready": ready, "findings": rows}, indent=1, ensure_ascii=False))
+    else:
+        checks.show(findings, _console(sys.stdout), shlex.quote(str(pipeline)))
+    raise typer.Exit(0 if ready else 1)
+
+
+@app.command()
+def prefetch(
+    pipeline: PipelineArgument,
+    overrides: SetOption = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would be fetched.")
+    ] = False,
+) -> None:
+    """Fetch the weights of a pipeline's models, as far as they are not here."""
+    from dataengine.config import load_pipeline
+    from dataengine.prefetch import prefetch as run_prefetch
+
+    loaded = load_pipeline(pipeline, overrides or [])
+    with _interruptible("interrupted: run the same command to go on"):
+        good = run_prefetch(loaded, _LIVE, dry_run=dry_run)
+    raise typer.Exit(0 if good else 1)
+
+
 @contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
+def _interruptible(
+    said: str = "interrupted: what was committed is safe; run the same command to go on",
+) -> Iterator[None]:
     """Ends the process in words when a run is interrupted."""
     try:
         yield
     except KeyboardInterrupt:
-        _LIVE.print("\ninterrupted: what was committed is safe; run the same command to go on")
+        _LIVE.print(f"\n{said}")
         # Ray's threads can crash an interpreter that is taken down in the middle of a run.
         os._exit(130)
 
@@ -370,9 +429,13 @@ def _print_table(names: list[str], rows: "object", output: Path | None) -> None:
         table.add_row(*(escape(_cell(value)) for value in row.values()))
         count += 1
     with _text_output(output) as file:
-        wide = not file.isatty()
-        Console(file=file, width=200 if wide else None).print(table)
+        _console(file).print(table)
     _LIVE.print(f"{count:,} row{'s' * (count != 1)}", highlight=False)
+
+
+def _console(file: TextIO) -> Console:
+    """Returns a console for results: in a file, lines are not cut at a terminal's width."""
+    return Console(file=file, width=None if file.isatty() else 200)
 
 
 def _cell(value: object) -> str:

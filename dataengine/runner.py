@@ -568,6 +568,25 @@ def _silent_stderr() -> Iterator[None]:
         os.close(kept)
 
 
+def cluster_size(address: str | None) -> tuple[float, float]:
+    """Returns the cores and GPUs of a cluster that is connected to for that alone.
+
+    Args:
+        address: As in `execute`.
+
+    Raises:
+        EngineError: If it cannot be reached.
+    """
+    ours = not ray.is_initialized()
+    if ours:
+        _start_ray(address)
+    try:
+        return _cluster_size()
+    finally:
+        if ours:
+            ray.shutdown()
+
+
 def _cluster_size() -> tuple[float, float]:
     """Returns the cores and GPUs of the cluster."""
     size = ray.cluster_resources()
