@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A text corpus -> action phrases, by a language model that is not believed (InternVid section 3.1).
+
+InternVid has a language model extract actions and their targets from text corpora, and people check
+them. Here every phrase must be made of words of the piece of text it comes from; what is not is
+counted by reason. A piece that the model fails on is counted and passed over.
+"""
+
+import json
+import logging
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from dataengine.errors import ConfigError
+from dataengine.models.answers import BAD_OUTPUT, Failure
+from dataengine.models.llm import LanguageModel, Request
+from dataengine.phrases import FUNCTION_WORDS, phrase_stems, plain_phrase, word_stem
+from dataengine.prompts import load_prompt
+from dataengine.queries import Label
+from dataengine.records import digest
+from dataengine.stage import Settings
+
+logger = logging.getLogger(__name__)
+
+TEXT_SUFFIXES = (".txt", ".jsonl")
+NUM_WORDS, NOT_IN_TEXT, REFUSAL, TOO_MANY = "num_words", "not_in_text", "refusal", "too_many"
+"""Why an extracted phrase is no query: too few or many words; words that the text does not have; the
+model talks about itself; more phrases than were asked for."""
+
+_REFUSAL = re.compile(
+    r"\b(sorry|apologi[sz]e|cannot|can't|unable to|as an ai|language model|i'm|no actions?|none)\b",
+    re.IGNORECASE,
+)
+_SENTENCE_END = re.compile(r"[.!?\u3002\uff01\uff1f]\s*")
+
+
+class ExtractSettings(Settings):
+    """How phrases are extracted."""
+
+    prompt: str = "prompts/extract_actions.v1.yaml"
+    max_chars: int = Field(default=2000, ge=100)
+    """Longest piece of text in one question, in characters."""
+    max_phrases: int = Field(default=20, ge=1)
+    """Most phrases taken from one piece."""
+    min_words: int = Field(default=2, ge=1)
+    max_words: int = Field(default=6, ge=1)
+    """Length of a phrase, articles not counted: a verb and its target."""
+    max_tokens: int = Field(default=512, ge=16)
+    """Longest answer."""
+    questions_per_call: int = Field(default=256, ge=1)
+    """Pieces that are handed to the model at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A piece of a corpus: one long document's part, or several short ones.
+
+    Attributes:
+        input: File.
+        line: First line.
+        text: At most `ExtractSettings.max_chars` long.
+    """
+
+    input: str
+    line: int
+    text: str
+
+
+# ----------------------------------------------------------------------------------------- reading
+
+
+def read_texts(path: Path, field: str = "text") -> Iterator[tuple[int, str]]:
+    """Yields line and document of a ``.txt`` (one a line) or ``.jsonl`` file.
+
+    Args:
+        path: The file.
+        field: Where a line of JSON has its document.
+
+    Raises:
+        ConfigError: If it cannot be read as what it says it is.
+    """
+    if path.suffix.lower() not in TEXT_SUFFIXES:
+        raise ConfigError(f"Not a text corpus: {path}", f"known: {', '.join(TEXT_SUFFIXES)}")
+    number = 0
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield number, _document(path, number, line, field)
+    except UnicodeDecodeError as error:
+        where = f"{path}, after line {number}"
+        raise ConfigError(f"Not UTF-8: {where} ({error.reason})", "save it as UTF-8") from None
+    except OSError as error:
+        raise ConfigError(f"Cannot be read: {path} ({error.strerror})") from None
+
+
+def _document(path: Path, number: int, line: str, field: str) -> str:
+    if path.suffix.lower() == ".txt":
+        return line.strip()
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}, line {number}: not JSON ({error})") from None
+    if not isinstance(row, dict) or not isinstance(row.get(field), str):
+        raise ConfigError(f"{path}, line {number}: no text in {field}", "name it by --text-field")
+    return row[field].strip()
+
+
+def pieces(name: str, documents: Iterable[tuple[int, str]], max_chars: int) -> Iterator[Piece]:
+    """Yields documents in pieces of at most ``max_chars``: short ones together, long ones in parts."""
+    first, held = 0, ""
+    for line, document in documents:
+        for part in split_text(document, max_chars):
+            if held and len(held) + 1 + len(part) > max_chars:
+                yield Piece(name, first, held)
+                held = ""
+            first = first if held else line
+            held = f"{held}\n{part}" if held else part
+    if held:
+        yield Piece(name, first, held)
+
+
+def split_text(text: str, max_chars: int) -> Iterator[str]:
+    """Yields parts of at most ``max_chars``, cut after a sentence, else a word, else anywhere."""
+    while len(text) > max_chars:
+        head = text[:max_chars]
+        ends = [match.end() for match in _SENTENCE_END.finditer(head)]
+        at = ends[-1] if ends and ends[-1] > max_chars // 2 else head.rfind(" ")
+        at = at if at > 0 else max_chars
+        yield text[:at].strip()
+        text = text[at:].strip()
+    if text:
+        yield text
+
+
+# -------------------------------------------------------------------------------------- extracting
+
+
+def answer_schema(most: int) -> dict[str, Any]:
+    """Returns the JSON schema of an answer."""
+    actions = {"type": "array", "items": {"type": "string"}, "maxItems": most}
+    return {
+        "type": "object",
+        "properties": {"actions": actions},
+        "required": ["actions"],
+        "additionalProperties": False,
+    }
+
+
+def parse_json(answer: str, key: str) -> Any:
+    """Returns the value of ``key`` of the JSON object in an answer, whatever stands around it.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    begin, end = answer.find("{"), answer.rfind("}")
+    try:
+        content = json.loads(answer[begin : end + 1]) if begin >= 0 else None
+    except RecursionError:
+        content = None
+    if not isinstance(content, dict) or key not in content:
+        raise ValueError(f"no JSON object with {key}: {answer[:80]!r}")
+    return content[key]
+
+
+def check_phrase(phrase: str, text_stems: frozenset[str], settings: ExtractSettings) -> str:
+    """Returns why a phrase is no action of a text, empty if it is one.
+
+    Args:
+        phrase: As the model wrote it.
+        text_stems: Stems of the text's words.
+        settings: Bounds of its length.
+    """
+    if _REFUSAL.search(phrase):
+        return REFUSAL
+    plain = plain_phrase(phrase)
+    stems = phrase_stems(plain)
+    if not settings.min_words <= len(stems) <= settings.max_words:
+        return NUM_WORDS
+    content = [word for word in plain.split() if word not in FUNCTION_WORDS]
+    grounded = all(word_stem(word.removesuffix("'s")) in text_stems for word in content)
+    return "" if content and grounded else NOT_IN_TEXT
+
+
+def phrases_of(answer: str | Failure, piece: Piece, settings: ExtractSettings) -> list[Label]:
+    """Returns the phrases of one answer, those that are no queries with the reason.
+
+    Raises:
+        ValueError: If the answer is not what was asked for.
+    """
+    if isinstance(answer, Failure):
+        raise ValueError(answer.reason)
+    found = parse_json(answer, "actions")
+    if not isinstance(found, list) or not all(isinstance(phrase, str) for phrase in found):
+        raise ValueError(f"no list of texts: {answer[:80]!r}")
+    words = plain_phrase(piece.text).split() + re.findall(r"[^\W_]+", piece.text.lower())
+    stems = frozenset(word_stem(word.removesuffix("'s")) for word in words)
+    return [
+        Label(
+            piece.input,
+            piece.line,
+            phrase,
+            TOO_MANY if number >= settings.max_phrases else check_phrase(phrase, stems, settings),
+        )
+        for number, phrase in enumerate(found)
+    ]
+
+
+def extract_actions(
+    parts: Sequence[Piece], model: LanguageModel, settings: ExtractSettings
+) -> tuple[list[Label], dict[str, Any]]:
+    """Returns the phrases that a model finds in pieces of text, in order, and what is noted of it.
+
+    The notes count the pieces that failed, by reason: they gave no phrases.
+
+    Raises:
+        EngineError: If no piece can be answered, because the model is away.
+    """
+    prompt = load_prompt(settings.prompt, {"system": set(), "user": {"text", "most"}})
+    schema = answer_schema(settings.max_phrases)
+    labels: list[Label] = []
+    failed: Counter[str] = Counter()
+    for start in range(0, len(parts), settings.questions_per_call):
+        group = parts[start : start + settings.questions_per_call]
+        requests = [
+            Request(
+                id=f"piece-{start + number}",
+                input_hash=digest(piece.text),
+                prompt=prompt.render("user", text=piece.text, most=str(settings.max_phrases)),
+                system=prompt.texts["system"],
+                schema=schema,
+                max_tokens=settings.max_tokens,
+            )
+            for number, piece in enumerate(group)
+        ]
+        answers = model.answer(requests)
+        for request, piece in zip(requests, group, strict=True):
+            answer = answers.get(request.id, Failure(BAD_OUTPUT, "no answer"))
+            try:
+                labels += phrases_of(answer, piece, settings)
+            except ValueError as error:
+                reason = answer.reason if isinstance(answer, Failure) else BAD_OUTPUT
+                failed[reason] += 1
+                logger.warning("%s, line %d: %s (%s)", piece.input, piece.line, reason, error)
+        logger.info("%d of %d pieces of text", start + len(group), len(parts))
+    notes = {
+        "model": model.model,
+        "revision": model.revision,
+        "prompt": settings.prompt,
+        "prompt_sha256": prompt.sha256,
+        "num_pieces": len(parts),
+        "failed_pieces": dict(sorted(failed.items())),
+    }
+    return labels, notes

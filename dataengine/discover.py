@@ -1,0 +1,477 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Queries x languages -> a list of videos that ``dataengine ingest`` takes (InternVid section 3.1).
+
+Each query is searched for once in each language, through yt-dlp's search, which asks for no video's
+page. Every finished search is a line of ``<output>.searches.jsonl``; the list is made from these lines,
+so a search that was stopped goes on where it was, and other rules for the list need no new search.
+"""
+
+import fcntl
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import requests
+from pydantic import Field
+from yt_dlp.utils import YoutubeDLError
+
+from dataengine import lists, records
+from dataengine.actions import parse_json
+from dataengine.corpus import Corpus
+from dataengine.errors import ConfigError, EngineError
+from dataengine.fetch.faults import FetchError
+from dataengine.fetch.pages import _Downloader as PoliteDownloader
+from dataengine.fetch.pages import classify
+from dataengine.fetch.session import Visit
+from dataengine.fetch.settings import FetchSettings
+from dataengine.models.answers import Failure
+from dataengine.models.llm import LanguageModel, Request
+from dataengine.plan import exclusion_keys
+from dataengine.prompts import load_prompt
+from dataengine.queries import replace_file
+from dataengine.records import digest
+from dataengine.stage import Settings
+
+logger = logging.getLogger(__name__)
+
+LEAVE_ALONE = frozenset({"http_429", "bot_check"})
+"""Classes of `dataengine.fetch.faults` at which nothing more is asked."""
+EXCLUDED, TOO_SHORT, TOO_LONG, LIVE = "excluded", "too_short", "too_long", "live"
+"""Why a video that was found is not on the list."""
+_MOST_FAILURES = 5
+_TRANSLATED_TOGETHER = 64
+_FACTS = ("title", "duration", "channel", "channel_id", "live_status")
+_ENGLISH = {
+    "ar": "Arabic", "de": "German", "en": "English", "es": "Spanish", "fr": "French", "hi": "Hindi",
+    "id": "Indonesian", "it": "Italian", "ja": "Japanese", "ko": "Korean", "pl": "Polish",
+    "pt": "Portuguese", "ru": "Russian", "th": "Thai", "tr": "Turkish", "vi": "Vietnamese",
+    "zh": "Chinese",
+}  # fmt: skip
+"""What a model is told to translate into; other languages are named by their code."""
+
+
+class DiscoverSettings(Settings):
+    """What is searched for, and which results are listed."""
+
+    languages: tuple[str, ...] = ("en",)
+    """BCP 47 tags: what the site is asked to prefer, and what queries are translated into."""
+    per_query: int = Field(default=20, ge=1)
+    """Results asked for per query and language."""
+    query_language: str = "en"
+    """Of the queries; they are not translated into it."""
+    min_duration_s: float = Field(default=10.0, ge=0)
+    """Shorter videos are left out (InternVid, section 3.1); of unknown length stay in."""
+    max_duration_s: float = Field(default=1800.0, gt=0)
+    """Longer ones are left out: 30 minutes, as there."""
+    min_height: int = Field(default=360, ge=0)
+    """Search results tell no height: noted for the download stage (as there)."""
+    max_height: int = Field(default=720, ge=1)
+    """The same."""
+    prompt: str = "prompts/translate_query.v1.yaml"
+    fetch: FetchSettings = FetchSettings(
+        sleep_interval_s=2.0, max_sleep_interval_s=5.0, fetch_timeout_s=600.0
+    )
+    """Pauses between requests, tries, proxies and cookies."""
+
+    def download_overrides(self) -> list[str]:
+        """Returns what ``dataengine ingest --set`` must say for the same rules to hold there."""
+        names = ("min_duration_s", "max_duration_s", "min_height", "max_height")
+        return [f"stages.download.{name}={getattr(self, name):g}" for name in names]
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """One question to the site.
+
+    Attributes:
+        query: As listed.
+        language: One of the settings' languages.
+        words: What is searched for: the query or its translation.
+    """
+
+    query: str
+    language: str
+    words: str
+
+
+Client = Callable[[Search, DiscoverSettings], list[dict[str, Any]]]
+"""Asks the site; see `ask`."""
+
+
+# --------------------------------------------------------------------------------------- searching
+
+
+def site_language(language: str) -> str | None:
+    """Returns the tag under which the site knows a language, None if it does not.
+
+    The site's own tags are those in yt-dlp: Chinese has one per script, Hebrew its old code.
+    """
+    from yt_dlp.extractor.youtube._base import YoutubeBaseInfoExtractor
+
+    known = list(YoutubeBaseInfoExtractor._SUPPORTED_LANG_CODES)
+    base = {"he": "iw"}.get(language, language)
+    same = [tag for tag in known if tag.split("-")[0] == base.split("-")[0]]
+    return next((tag for tag in [base, base.split("-")[0]] if tag in known), None) or next(
+        iter(same), None
+    )
+
+
+def ask(search: Search, settings: DiscoverSettings) -> list[dict[str, Any]]:
+    """Returns the videos a search finds, best first: id, title, duration in s, channel, channel_id.
+
+    Raises:
+        FetchError: With the class of what went wrong.
+    """
+    preferred = site_language(search.language)
+    arguments = {"raise_incomplete_data": ["true"]}  # half an answer is none
+    options: Any = {
+        "extract_flat": True,
+        "socket_timeout": settings.fetch.timeout_s,
+        "extractor_retries": settings.fetch.retries,
+        "extractor_args": {"youtube": arguments | ({"lang": [preferred]} if preferred else {})},
+        "proxy": None,
+        "quiet": True,
+        "no_warnings": True,
+        "noprogress": True,
+        "color": "never",
+        "logger": logging.Logger("searches", logging.CRITICAL),
+    }
+    words = f"ytsearch{settings.per_query}:{search.words}"
+    try:
+        number = int(digest(search.query, search.language), 16)
+        with Visit(settings.fetch, number) as visit:
+            options["proxy"] = visit.proxy
+            with PoliteDownloader(visit, options) as client:
+                info = client.extract_info(words, download=False)
+                found = [dict(entry) for entry in (info or {}).get("entries") or () if entry]
+    except FetchError:
+        raise
+    except (YoutubeDLError, requests.RequestException, OSError) as error:
+        raise classify(error) from None
+    return [
+        {"id": entry["id"], **{name: entry.get(name) for name in _FACTS}}
+        for entry in found
+        if records.YOUTUBE_ID.fullmatch(str(entry.get("id")))
+    ]
+
+
+def translate(
+    pairs: Sequence[tuple[str, str]], model: LanguageModel | None, settings: DiscoverSettings
+) -> list[Search]:
+    """Returns the searches for (query, language) pairs, in order.
+
+    A query whose translation fails is searched for as it is.
+    """
+    foreign = [
+        pair for pair in pairs if pair[1].split("-")[0] != settings.query_language.split("-")[0]
+    ]
+    words: dict[tuple[str, str], str] = {}
+    if model is not None and foreign:
+        prompt = load_prompt(settings.prompt, {"system": set(), "user": {"query", "language"}})
+        schema = {
+            "type": "object",
+            "properties": {"query": {"type": "string"}},
+            "required": ["query"],
+            "additionalProperties": False,
+        }
+        asked = {
+            f"query-{number}": (pair, prompt.render(
+                "user", query=pair[0], language=_ENGLISH.get(pair[1].split("-")[0], pair[1])
+            ))
+            for number, pair in enumerate(foreign)
+        }  # fmt: skip
+        answers = model.answer(
+            [
+                Request(
+                    id=name,
+                    input_hash=digest(*pair),
+                    prompt=text,
+                    system=prompt.texts["system"],
+                    schema=schema,
+                    max_tokens=96,
+                )
+                for name, (pair, text) in asked.items()
+            ]
+        )
+        for name, (pair, _) in asked.items():
+            try:
+                words[pair] = _translation(answers.get(name), pair[0])
+            except ValueError as error:
+                logger.warning("%s is not translated into %s: %s", *pair, error)
+    return [
+        Search(query, language, words.get((query, language), query)) for query, language in pairs
+    ]
+
+
+def _translation(answer: str | Failure | None, query: str) -> str:
+    """Returns a translation that can be searched for.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    if not isinstance(answer, str):
+        raise ValueError(answer.reason if answer else "no answer")
+    text = parse_json(answer, "query")
+    words = " ".join(text.split()) if isinstance(text, str) else ""
+    # Scripts differ in length, but no translation of a few words is a paragraph.
+    if not words or len(words) > 40 + 4 * len(query):
+        raise ValueError(f"not a query: {answer[:80]!r}")
+    return words
+
+
+# ----------------------------------------------------------------------------------------- journal
+
+
+@contextmanager
+def _journal(path: Path, settings: DiscoverSettings) -> Iterator[TextIO]:
+    """Opens the searches done so far for more, for this process alone.
+
+    Raises:
+        ConfigError: If another process has it open, or it is of searches for another number of results.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(f"Another process is searching for the same list: {path}") from None
+        file.seek(0)
+        whole = 0
+        for number, line in enumerate(iter(file.readline, "")):
+            if not line.endswith("\n"):
+                break  # the machine stopped while it was written
+            whole = file.tell()
+            if number == 0:
+                _check_header(path, line, settings)
+        file.seek(whole)
+        file.truncate()
+        if whole == 0:
+            _append(file, {"per_query": settings.per_query})
+        yield file
+
+
+def _check_header(path: Path, line: str, settings: DiscoverSettings) -> None:
+    try:
+        per_query = json.loads(line)["per_query"]
+    except (ValueError, TypeError, KeyError):
+        raise ConfigError(f"Not a journal of searches: {path}", "name another output") from None
+    if per_query != settings.per_query:
+        raise ConfigError(
+            f"{path} holds searches for {per_query} results each, not {settings.per_query}",
+            f"give --per-query {per_query}, or another --output",
+        )
+
+
+def _append(file: TextIO, row: Mapping[str, Any]) -> None:
+    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def finished_searches(path: Path) -> Iterator[dict[str, Any]]:
+    """Yields the finished searches: query, language, words, results or why there are none."""
+    if not path.exists():
+        return
+    with open(path, encoding="utf-8") as file:
+        next(file, None)
+        for line in file:
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+
+# -------------------------------------------------------------------------------------------- list
+
+
+def excluded_ids(names: Iterable[str]) -> frozenset[str]:
+    """Returns the YouTube ids that lists and corpora name.
+
+    Args:
+        names: Paths or URLs of lists (see `dataengine.lists`) or of corpora.
+
+    Raises:
+        EngineError: If one is neither.
+    """
+    ids: set[str] = set()
+    for name in names:
+        if lists.is_list(name):
+            for entry in lists.read_list(name, strict=False):
+                keys = exclusion_keys(entry.word, lists.base_of(name)) if entry.word else ()
+                ids.update(key for kind, key in keys if kind == "id")
+        else:
+            for row in Corpus.open(name).videos(["source", "video_id"]).to_pylist():
+                ids.update(filter(None, (row["video_id"], records.youtube_id(row["source"]))))
+    return frozenset(ids)
+
+
+def left_out(found: Mapping[str, Any], excluded: frozenset[str], settings: DiscoverSettings) -> str:
+    """Returns why a video is not listed, empty if it is; what is not known is no reason."""
+    if found["id"] in excluded:
+        return EXCLUDED
+    if found.get("live_status") in ("is_live", "is_upcoming"):
+        return LIVE
+    seconds = found.get("duration")
+    if seconds is not None and seconds < settings.min_duration_s:
+        return TOO_SHORT
+    return TOO_LONG if seconds is not None and seconds > settings.max_duration_s else ""
+
+
+def make_list(
+    searches: Iterable[Mapping[str, Any]],
+    wanted: Mapping[tuple[str, str], int],
+    excluded: frozenset[str],
+    settings: DiscoverSettings,
+) -> tuple[list[dict[str, Any]], Counter[str]]:
+    """Returns one row per video, and how many videos were left out for which reason.
+
+    Args:
+        searches: Finished ones, in any order; those not wanted any more are passed over.
+        wanted: (query, language) -> place, which orders the list.
+        excluded: Ids that must not be on it.
+        settings: Rules.
+    """
+    ordered = sorted(
+        (search for search in searches if (search["query"], search["language"]) in wanted),
+        key=lambda search: wanted[search["query"], search["language"]],
+    )
+    rows: dict[str, dict[str, Any]] = {}
+    refused: dict[str, str] = {}
+    for search in ordered:
+        query, language = search["query"], search["language"]
+        for found in search.get("results") or ():
+            reason = left_out(found, excluded, settings)
+            if reason:
+                refused[found["id"]] = reason
+                continue
+            row = rows.get(found["id"])
+            if row is None:
+                row = rows[found["id"]] = {
+                    "url": f"https://www.youtube.com/watch?v={found['id']}",
+                    "title": found["title"],
+                    "duration": found["duration"],
+                    "channel": found["channel"],
+                    "channel_id": found["channel_id"],
+                    "query": query,
+                    "language": language,
+                    "queries": [],
+                    "languages": [],
+                }
+            row["queries"] += [query] * (query not in row["queries"])
+            row["languages"] += [language] * (language not in row["languages"])
+    return list(rows.values()), Counter(refused.values())
+
+
+def discover(
+    queries: Sequence[str],
+    output: Path,
+    settings: DiscoverSettings,
+    *,
+    exclude: Sequence[str] = (),
+    translator: LanguageModel | None = None,
+    client: Client = ask,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Searches for what was not searched for yet, writes the list and ``<output>.json``.
+
+    Args:
+        queries: Distinct.
+        output: ``.jsonl``; its journal lies beside it.
+        settings: What to search for.
+        exclude: Lists and corpora whose videos stay out.
+        translator: Translates queries; None searches for them as they are in every language.
+        client: Asks the site.
+        progress: Called with (searches done, searches in all).
+
+    Returns:
+        What went into ``<output>.json``.
+
+    Raises:
+        EngineError: If the site wants to be left alone, or does not answer any more. What was found is
+            on the list by then; calling again goes on.
+    """
+    if output.suffix != ".jsonl":
+        raise ConfigError(f"Not a name for a list: {output}", "it is written as .jsonl")
+    excluded = excluded_ids(exclude)
+    pairs = [(query, language) for query in queries for language in settings.languages]
+    wanted = {pair: place for place, pair in enumerate(dict.fromkeys(pairs))}
+    journal = output.with_name(f"{output.name}.searches.jsonl")
+    with _journal(journal, settings) as file:
+        done = {(search["query"], search["language"]) for search in finished_searches(journal)}
+        missing = [pair for pair in wanted if pair not in done]
+        stopped = _search_all(
+            missing, len(wanted), file, settings, translator, client, progress or (lambda *_: None)
+        )
+        finished = list(finished_searches(journal))
+        rows, refused = make_list(finished, wanted, excluded, settings)
+        ended = [s for s in finished if (s["query"], s["language"]) in wanted]
+        record = {
+            "num_videos": len(rows),
+            "num_searches": len(wanted),
+            "num_finished": len(ended),
+            "num_failed": sum("failed" in search for search in ended),
+            "num_translated": sum(search["words"] != search["query"] for search in ended),
+            "num_results": sum(len(search.get("results") or ()) for search in ended),
+            "left_out": dict(sorted(refused.items())),
+            "ingest_set": settings.download_overrides(),
+            "translator": None
+            if translator is None
+            else {"model": translator.model, "revision": translator.revision},
+            "settings": settings.model_dump(mode="json", exclude={"fetch"}),
+        }
+        replace_file(output, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+        text = json.dumps(record, indent=2, ensure_ascii=False, sort_keys=True)
+        replace_file(output.with_name(f"{output.name}.json"), text + "\n")
+    if stopped is not None:
+        raise EngineError(
+            f"{len(ended):,} of {len(wanted):,} searches are done, the last failure was "
+            f"{stopped.reason} ({stopped.detail})",
+            f"{output} holds what was found; the same command goes on with what is missing"
+            + ("; wait some hours first" if stopped.reason in LEAVE_ALONE else ""),
+        )
+    return record
+
+
+def _search_all(
+    missing: Sequence[tuple[str, str]],
+    total: int,
+    journal: TextIO,
+    settings: DiscoverSettings,
+    translator: LanguageModel | None,
+    client: Client,
+    progress: Callable[[int, int], None],
+) -> FetchError | None:
+    """Searches and writes down; returns why it stopped before the end, None if it did not.
+
+    A fault that may pass leaves its search for the next run; several in a row stop this one.
+    """
+    failures, num_done = 0, total - len(missing)
+    left: FetchError | None = None
+    progress(num_done, total)
+    for start in range(0, len(missing), _TRANSLATED_TOGETHER):
+        group = missing[start : start + _TRANSLATED_TOGETHER]
+        for search in translate(group, translator, settings):
+            row: dict[str, Any] = {
+                "query": search.query, "language": search.language, "words": search.words,
+            }  # fmt: skip
+            try:
+                row["results"] = client(search, settings)
+                failures = 0
+            except FetchError as error:
+                logger.warning("%s (%s): %s", search.words, search.language, error)
+                if error.reason in LEAVE_ALONE:
+                    return error
+                if error.retryable:
+                    failures, left = failures + 1, error
+                    if failures >= _MOST_FAILURES:
+                        return error
+                    continue
+                row["failed"] = error.reason
+            _append(journal, row)
+            num_done += 1
+            progress(num_done, total)
+    return left
