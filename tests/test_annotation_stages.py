@@ -13,6 +13,7 @@ import pytest
 
 from dataengine import records
 from dataengine.media import jpeg_encode
+from dataengine.models.asr import Segment, Transcript
 from dataengine.models.fusion import (
     TemplateConfig,
     TemplateFuser,
@@ -202,12 +203,11 @@ class Recogniser:
         self.segments = segments
 
     def transcribe(self, waveforms):
-        return [self.segments] * len(waveforms)
+        return [Transcript(tuple(self.segments))] * len(waveforms)
 
 
 @pytest.mark.parametrize("sound", [TONE, wav(np.zeros(32000))], ids=["tone", "silence"])
 def test_recognition_is_asked_about_speech_alone(sound, monkeypatch):
-    from dataengine.models.asr import Segment
     from dataengine.stages import transcribe
 
     hears_words = Recogniser([Segment(500, 4700, "garbage")])
@@ -221,7 +221,6 @@ def test_recognition_is_asked_about_speech_alone(sound, monkeypatch):
 
 
 def test_preference_decides_between_sound_and_subtitles(monkeypatch):
-    from dataengine.models.asr import Segment
     from dataengine.stages import transcribe
 
     recogniser = Recogniser([Segment(0, 1000, "heard")])

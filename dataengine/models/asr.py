@@ -1,17 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sound -> words: who writes down what is said."""
+"""Sound -> words: who writes down what is said.
+
+Licences: PocketSphinx BSD-2-Clause, whisper (code and weights) MIT, faster-whisper MIT.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Protocol
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal, Protocol
 
 import numpy as np
 from pydantic import Field
 
 from dataengine.errors import DependencyError
 from dataengine.models.answers import Failure
+from dataengine.models.hallucination import GuardsConfig
+from dataengine.models.speech_pieces import PiecesConfig
+from dataengine.needs import Need, Package, Weights
 from dataengine.stage import Settings
 
+_VAD = Package("pocketsphinx")
+"""Carries the voice detector that finds the speech in a sound."""
 SAMPLE_RATE = 16000
 """Rate of every waveform here, in Hz."""
 
@@ -25,14 +34,28 @@ class Segment:
     text: str
 
 
+@dataclass(frozen=True, slots=True)
+class Transcript:
+    """What is said in a sound.
+
+    Attributes:
+        segments: In time order; empty where nothing is said.
+        note: What was unusual, for the provenance: ``guard:<reason>,...`` where segments were left
+            out because nobody seems to have said them (`dataengine.models.hallucination`).
+    """
+
+    segments: tuple[Segment, ...] = ()
+    note: str | None = None
+
+
 class Transcriber(Protocol):
     """Writes down speech."""
 
     model: str
     revision: str
 
-    def transcribe(self, waveforms: Sequence[np.ndarray]) -> Sequence[list[Segment] | Failure]:
-        """Returns the segments of each sound in time order, or why there are none.
+    def transcribe(self, waveforms: Sequence[np.ndarray]) -> Sequence[Transcript | Failure]:
+        """Returns what is said in each sound, or why nobody can tell; all sounds are heard together.
 
         Args:
             waveforms: float32 mono in [-1, 1] at 16 kHz, one per clip.
@@ -50,22 +73,84 @@ class PocketsphinxConfig(Settings):
     pause_ms: int = Field(default=500, ge=0)
     """A silence this long between two words starts a new segment."""
 
+    def needs(self) -> tuple[Need, ...]:
+        """Returns the package, which carries its model."""
+        return (Package("pocketsphinx"),)
+
 
 class WhisperConfig(Settings):
-    """openai-whisper, as in InternVideo2 App. B.2 (large-v2)."""
+    """openai-whisper in batches, as in InternVideo2 App. B.2 (large-v2)."""
 
     kind: Literal["whisper"] = "whisper"
     model: str
     """A name whisper knows (``large-v2``) or the path of a checkpoint file."""
     language: str | None = None
     """ISO 639-1 code of the speech; None lets the model detect it clip by clip."""
+    batch_size: int = Field(default=16, ge=1)
+    """Most windows of 30 s in one call of the model."""
+    temperatures: tuple[float, ...] = Field(default=(0.0,), min_length=1)
+    """The first decodes everything; the next ones, in turn, what came out repetitive or unlikely.
+    0 is greedy and the only one whose result is the same every time; whisper's own fallback is
+    ``[0.0, 0.2, 0.4, 0.6, 0.8, 1.0]``."""
+    words: bool = False
+    """Whether segments begin and end with their first and last word, timed by whisper's attention,
+    instead of where its timestamp tokens say; costs another pass of the model over each window."""
+    max_tokens: int | None = Field(default=None, ge=1)
+    """Most tokens per window; None is whisper's own limit."""
+    pieces: PiecesConfig | None = PiecesConfig()
+    """Which part of a sound is listened to; None listens to all of it, voice or not."""
+    guards: GuardsConfig = GuardsConfig()
+    """What is left out because nobody seems to have said it."""
     device: str | None = None
     """torch device; None takes CUDA where there is one."""
+
+    neutral: ClassVar[frozenset[str]] = frozenset({"batch_size", "device"})
+
+    def needs(self) -> tuple[Need, ...]:
+        """Returns the packages and the checkpoint."""
+        vad = (_VAD,) if self.pieces is not None else ()
+        return (Package("whisper"), *vad, Weights("whisper", self.model))
+
+
+class FasterWhisperConfig(Settings):
+    """Whisper by CTranslate2: the same models, converted, faster and with less memory."""
+
+    kind: Literal["faster_whisper"] = "faster_whisper"
+    model: str
+    """Folder of a converted model, its hub id, or a size that faster-whisper knows (``large-v2``)."""
+    revision: str = ""
+    """Commit, tag or branch on the hub; empty takes the newest."""
+    language: str | None = None
+    """ISO 639-1 code of the speech; None lets the model detect it window by window."""
+    batch_size: int = Field(default=16, ge=1)
+    """Most windows of 30 s in one call of the model."""
+    beam_size: int = Field(default=1, ge=1)
+    """1 is greedy."""
+    compute_type: str = "default"
+    """Arithmetic as CTranslate2 names it: ``float16``, ``int8_float16``, ``int8``, ``float32``."""
     max_tokens: int | None = Field(default=None, ge=1)
-    """Most tokens per 30 s window; None is whisper's own limit."""
+    """Most tokens per window; None is whisper's own limit."""
+    pieces: PiecesConfig | None = PiecesConfig()
+    """As in `WhisperConfig`."""
+    guards: GuardsConfig = GuardsConfig()
+    """As in `WhisperConfig`."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where it runs; ``auto`` takes CUDA where there is one."""
+
+    neutral: ClassVar[frozenset[str]] = frozenset({"batch_size", "device"})
+
+    def needs(self) -> tuple[Need, ...]:
+        """Returns the packages and the model."""
+        vad = (_VAD,) if self.pieces is not None else ()
+        known = "/" in self.model or Path(self.model).is_dir()
+        name = self.model if known else f"Systran/faster-whisper-{self.model}"
+        package = Package("faster_whisper", "uv sync --extra ingest --extra faster-whisper")
+        return (package, *vad, Weights("hub", name, self.revision))
 
 
-TranscriberConfig = Annotated[PocketsphinxConfig | WhisperConfig, Field(discriminator="kind")]
+TranscriberConfig = Annotated[
+    PocketsphinxConfig | WhisperConfig | FasterWhisperConfig, Field(discriminator="kind")
+]
 
 
 def group_words(words: Sequence[Segment], pause_ms: int) -> list[Segment]:
@@ -137,9 +222,9 @@ class PocketsphinxTranscriber:
             samprate=float(SAMPLE_RATE), loglevel="FATAL", **_SEARCH
         )
 
-    def transcribe(self, waveforms: Sequence[np.ndarray]) -> list[list[Segment]]:
+    def transcribe(self, waveforms: Sequence[np.ndarray]) -> list[Transcript | Failure]:
         """Returns lower-case English segments without punctuation."""
-        return [self._transcribe(waveform) for waveform in waveforms]
+        return [Transcript(tuple(self._transcribe(waveform))) for waveform in waveforms]
 
     def _transcribe(self, waveform: np.ndarray) -> list[Segment]:
         samples = (np.clip(waveform, -1.0, 1.0) * 32767).astype("<i2")
@@ -159,65 +244,22 @@ class PocketsphinxTranscriber:
         return group_words(words, self._pause_ms)
 
 
-class WhisperTranscriber:
-    """openai-whisper, greedy and without the previous window's text.
-
-    Conditioning on earlier text makes whisper repeat itself over music and silence; temperature
-    0 makes it deterministic and forgoes the fallback loop.
+def build_transcriber(
+    config: PocketsphinxConfig | WhisperConfig | FasterWhisperConfig,
+) -> Transcriber:
+    """Returns the transcriber that a config names.
 
     Raises:
-        DependencyError: If whisper is not installed or the checkpoint cannot be loaded.
+        DependencyError: If its package or its weights are missing or unfit.
     """
+    match config:
+        case PocketsphinxConfig():
+            return PocketsphinxTranscriber(config)
+        case WhisperConfig():
+            from dataengine.models.whisper import WhisperTranscriber
 
-    def __init__(self, config: WhisperConfig) -> None:
-        try:
-            import torch
-            import whisper
-        except ImportError as error:
-            raise DependencyError(
-                "Missing package: openai-whisper (speech recognition)", "uv sync --extra ingest"
-            ) from error
-        device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            self._model = whisper.load_model(config.model, device=device)
-        except (OSError, RuntimeError, KeyError) as error:
-            raise DependencyError(
-                f"Whisper model cannot be loaded: {config.model} ({error})",
-                f"name one of {', '.join(whisper.available_models())}, or a checkpoint file",
-            ) from error
-        self._options = {"language": config.language, "sample_len": config.max_tokens}
-        self._half = device != "cpu"
-        self.model = f"whisper:{config.model}"
-        self.revision = whisper.__version__
+            return WhisperTranscriber(config)
+        case FasterWhisperConfig():
+            from dataengine.models.faster_whisper import FasterWhisperTranscriber
 
-    def transcribe(self, waveforms: Sequence[np.ndarray]) -> list[list[Segment]]:
-        """Returns whisper's segments; those it left empty are skipped."""
-        return [self._transcribe(waveform) for waveform in waveforms]
-
-    def _transcribe(self, waveform: np.ndarray) -> list[Segment]:
-        import torch
-
-        with torch.inference_mode():
-            result = self._model.transcribe(
-                waveform.astype(np.float32),
-                condition_on_previous_text=False,
-                temperature=0.0,
-                fp16=self._half,
-                verbose=None,
-                **self._options,
-            )
-        segments = []
-        entry: Any
-        for entry in result["segments"]:
-            text = str(entry["text"]).strip()
-            if text:
-                start_ms, end_ms = round(entry["start"] * 1000), round(entry["end"] * 1000)
-                segments.append(Segment(start_ms, max(end_ms, start_ms), text))
-        return segments
-
-
-def build_transcriber(config: PocketsphinxConfig | WhisperConfig) -> Transcriber:
-    """Returns the transcriber that a config names."""
-    if isinstance(config, WhisperConfig):
-        return WhisperTranscriber(config)
-    return PocketsphinxTranscriber(config)
+            return FasterWhisperTranscriber(config)

@@ -10,12 +10,15 @@ was, by this rule, spoken in the foreign one); with English alone, English is. W
 goes before what was recognised.
 
 Recognition runs only where enough of the clip sounds like speech: a recogniser that is given
-music or noise writes words all the same.
+music or noise writes words all the same. What it writes is weighed by guards
+(`dataengine.models.hallucination`); what they leave out is named in the provenance,
+``guard:<reason>,...``.
 """
 
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
 import numpy as np
@@ -29,7 +32,13 @@ from dataengine.models.asr import (
     TranscriberConfig,
     build_transcriber,
 )
-from dataengine.models.voice import SPEECH_SEEN, build_voice_detector, speech_ratio
+from dataengine.models.voice import (
+    RATE,
+    SPEECH_SEEN,
+    build_voice_detector,
+    power_spectra,
+    speech_windows,
+)
 from dataengine.records import SEGMENT_STRUCT
 from dataengine.stage import Kept, Outcome, Row, Stage, provenance
 from dataengine.stages.caption_audio import clip_waveform
@@ -43,6 +52,7 @@ _LONG_CODES = {
 }  # fmt: skip
 _NOT_SPOKEN = re.compile(r"<[^<>]*>|\{[^{}]*\}|\[[^\]]*\]|\([^)]*\)|[♩-♯]")
 _UNKNOWN = "und"
+_MINUTE = 60 * RATE
 SUBTITLES = "subtitles"
 """Model name, in the provenance, of a text cut from the source's own subtitles."""
 ORIGINS = ("sidecar", "manual", "automatic")
@@ -122,6 +132,28 @@ def best_origin(cues: Sequence[Row] | None, language: str) -> str:
     return next((origin for origin in ORIGINS if origin in found), ORIGINS[0])
 
 
+def sounds_like_speech(waveform: np.ndarray, min_ratio: float) -> bool:
+    """Returns whether enough of what is heard sounds like speech (`speech_windows`).
+
+    Args:
+        waveform: float32 mono in [-1, 1] at 16 kHz.
+        min_ratio: Least share, in [0, 1], of the audible one-second windows.
+
+    Raises:
+        DependencyError: If the voice detector is not installed.
+    """
+    # A new detector for every clip: it adapts to what it hears, and a clip must not depend on others.
+    detect = build_voice_detector()
+    num_speech = num_heard = 0
+    for start in range(0, len(waveform), _MINUTE):  # bounds the memory that spectra take
+        part = waveform[start : start + _MINUTE]
+        voice = detect((np.clip(part, -1, 1) * 32767).astype(np.int16))
+        speech, heard = speech_windows(power_spectra(part), voice)
+        num_speech += int(speech.sum())
+        num_heard += int(heard.sum())
+    return num_speech >= min_ratio * max(1, num_heard)
+
+
 def join_segments(segments: Sequence[Segment]) -> str | None:
     """Returns the text of segments in one line, or None if there is none."""
     return " ".join(segment.text for segment in segments) or None
@@ -167,28 +199,34 @@ class TranscribeStage(Stage):
 
     def setup(self) -> None:
         """Loads the recogniser."""
-        self._transcriber = self._voice = None
+        self._transcriber = None
         if self.config.model is not None:
             self._transcriber = build_transcriber(self.config.model)
-            self._voice = build_voice_detector()
+            build_voice_detector()  # a missing package shows now and not at the first clip
 
     def process(self, batch: Sequence[Row]) -> list[Outcome]:
         """Returns one Kept per row; all sounds of the batch are heard together."""
         languages = [_subtitle_language(row) for row in batch]
         prefers_subtitles = self.config.prefer == "subtitles"
-        open_rows = {
-            index: waveform
+        candidates = [
+            index
             for index, (row, language) in enumerate(zip(batch, languages, strict=True))
             if not (prefers_subtitles and (language or _has_subtitle_transcript(row)))
-            and (waveform := self._audible(row)) is not None
-        }
+        ]
+        # Decoding and the spectra leave Python's lock to others; a recogniser on a GPU would wait.
+        with ThreadPoolExecutor(max(1, round(self.config.resources.num_cpus))) as threads:
+            sounds = threads.map(self._audible, [batch[index] for index in candidates])
+            open_rows = {
+                index: waveform
+                for index, waveform in zip(candidates, sounds, strict=True)
+                if waveform is not None
+            }
         heard = self._listen(open_rows, batch)
         outcomes: list[Outcome] = []
         for index, (row, language) in enumerate(zip(batch, languages, strict=True)):
             if prefers_subtitles and language is None and _has_subtitle_transcript(row):
-                outcomes.append(
-                    Kept(({},))
-                )  # a corpus that is annotated again has no cues any more
+                # A corpus that is annotated again has no cues any more; what was cut from them stays.
+                outcomes.append(Kept(({},)))
                 continue
             segments, author, note = heard.get(index, ([], None, None))
             if language and not segments:
@@ -200,10 +238,10 @@ class TranscribeStage(Stage):
     def _audible(self, row: Row) -> np.ndarray | None:
         """Returns a clip's sound if it is worth the recogniser's time."""
         waveform = clip_waveform(row) if self._transcriber else None
-        if waveform is None or self._voice is None or self.config.min_speech_ratio <= 0:
+        least = self.config.min_speech_ratio
+        if waveform is None or least <= 0 or sounds_like_speech(waveform, least):
             return waveform
-        heard = speech_ratio(waveform, self._voice)
-        return waveform if heard >= self.config.min_speech_ratio else None
+        return None
 
     def _listen(
         self, sounds: Mapping[int, np.ndarray], rows: Sequence[Row]
@@ -220,7 +258,8 @@ class TranscribeStage(Stage):
                 heard[index] = [], author, answer.note
             else:
                 start_ms, end_ms = rows[index]["start_ms"], rows[index]["end_ms"]
-                heard[index] = on_source_clock(answer, start_ms, end_ms), author, None
+                segments = on_source_clock(answer.segments, start_ms, end_ms)
+                heard[index] = segments, author, answer.note
         return heard
 
     def _from_subtitles(self, row: Row, language: str) -> tuple[list[Segment], tuple[str, str]]:
