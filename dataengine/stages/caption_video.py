@@ -101,13 +101,14 @@ class CaptionVideoStage(Stage):
             "caption_video_fine": list(captions.fine) or None,
             "caption_video": captions.caption,
         }
+        shown = clip.input_hash
         wrote = []
         for name, value in columns.items():
             author, note = captions.authors.get(name, own), captions.notes.get(name)
             if value or note:
                 entry = provenance(
                     *(name, author.model, author.revision, author.prompt_hash),
-                    input_hash=clip.input_hash,
+                    input_hash=shown,
                     note=note,
                 )
                 wrote.append(entry)
