@@ -160,6 +160,8 @@ class VllmConfig(Settings):
     )
     temperature: float = Field(default=0.0, ge=0)
     seed: int = 0
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """For the chat template, e.g. ``{enable_thinking: false}`` for Qwen3."""
     engine: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of ``vllm.LLM``, as it names them."""
 
@@ -184,6 +186,8 @@ class TransformersLLMConfig(Settings):
     """torch device; None takes CUDA where there is one."""
     batch_size: int = Field(default=8, ge=1)
     """Most requests in one call of the model."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """For the chat template, e.g. ``{enable_thinking: false}`` for Qwen3."""
     neutral: ClassVar[frozenset[str]] = frozenset({"device", "batch_size"})
 
     def needs(self) -> tuple[Need, ...]:
