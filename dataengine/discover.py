@@ -275,7 +275,7 @@ def _append(file: TextIO, row: Mapping[str, Any]) -> None:
 
 
 def finished_searches(path: Path) -> Iterator[dict[str, Any]]:
-    """Yields the finished searches: query, language, words, results or why there are none."""
+    """Yields the finished searches: query, language, words, results."""
     if not path.exists():
         return
     with open(path, encoding="utf-8") as file:
@@ -343,7 +343,7 @@ def make_list(
     refused: dict[str, str] = {}
     for search in ordered:
         query, language = search["query"], search["language"]
-        for found in search.get("results") or ():
+        for found in search["results"]:
             reason = left_out(found, excluded, settings)
             if reason:
                 refused[found["id"]] = reason
@@ -395,7 +395,7 @@ def discover(
             on the list by then; calling again goes on.
     """
     if output.suffix != ".jsonl":
-        raise ConfigError(f"Not a name for a list: {output}", "it is written as .jsonl")
+        raise ConfigError(f"Not a .jsonl file: {output}", "that is how the list is written")
     excluded = excluded_ids(exclude)
     pairs = [(query, language) for query in queries for language in settings.languages]
     wanted = {pair: place for place, pair in enumerate(dict.fromkeys(pairs))}
@@ -413,9 +413,8 @@ def discover(
             "num_videos": len(rows),
             "num_searches": len(wanted),
             "num_finished": len(ended),
-            "num_failed": sum("failed" in search for search in ended),
             "num_translated": sum(search["words"] != search["query"] for search in ended),
-            "num_results": sum(len(search.get("results") or ()) for search in ended),
+            "num_results": sum(len(search["results"]) for search in ended),
             "left_out": dict(sorted(refused.items())),
             "ingest_set": settings.download_overrides(),
             "translator": None
@@ -447,7 +446,7 @@ def _search_all(
 ) -> FetchError | None:
     """Searches and writes down; returns why it stopped before the end, None if it did not.
 
-    A fault that may pass leaves its search for the next run; several in a row stop this one.
+    A fault leaves its search for the next run; several in a row stop this one.
     """
     failures, num_done = 0, total - len(missing)
     left: FetchError | None = None
@@ -465,12 +464,11 @@ def _search_all(
                 logger.warning("%s (%s): %s", search.words, search.language, error)
                 if error.reason in LEAVE_ALONE:
                     return error
-                if error.retryable:
-                    failures, left = failures + 1, error
-                    if failures >= _MOST_FAILURES:
-                        return error
-                    continue
-                row["failed"] = error.reason
+                # No search is at fault by itself: whatever it is, the next run tries again.
+                failures, left = failures + 1, error
+                if failures >= _MOST_FAILURES:
+                    return error
+                continue
             _append(journal, row)
             num_done += 1
             progress(num_done, total)

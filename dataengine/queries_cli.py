@@ -150,7 +150,6 @@ def discover(
     out = ", ".join(f"{number:,} {reason}" for reason, number in record["left_out"].items())
     _LIVE.print(
         f"{record['num_videos']:,} videos in {output} from {record['num_searches']:,} searches"
-        + (f" ({record['num_failed']:,} failed)" if record["num_failed"] else "")
         + (f"; left out: {out}" if out else ""),
         highlight=False,
     )
