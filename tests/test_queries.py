@@ -128,6 +128,8 @@ def test_typos_are_merged_and_other_words_are_not(one, other, same):
 def test_the_more_frequent_spelling_stands_for_the_other():
     spelling = queries.one_spelling([["gymnstics"], ["gymnastics"], ["gymnastics"]], 7)
     assert spelling == {"gymnstics": "gymnastics"}
+    # A letter too many in each, at different places: two steps apart.
+    assert queries.one_spelling([["garxdening"], ["gardenixng"]], 7) == {}
 
 
 def test_blocking_finds_what_comparing_all_pairs_finds():
@@ -259,6 +261,8 @@ def test_pieces_are_bounded_and_lose_no_word():
     words = "".join(text for _, text in documents).replace(" ", "")
     assert "".join(piece.text for piece in found).replace(" ", "").replace("\n", "") == words
     assert [piece.line for piece in found] == sorted(piece.line for piece in found)
+    packed = list(pieces("t", [(1, "a" * 40), (2, "b" * 40), (4, "c" * 40), (5, "d")], 100))
+    assert [(piece.line, len(piece.text)) for piece in packed] == [(1, 81), (4, 42)]
     assert list(split_text("One two. Three four five", 15)) == ["One two.", "Three four five"]
 
 
