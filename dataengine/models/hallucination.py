@@ -163,14 +163,18 @@ def compression_ratio(text: str) -> float:
     return len(data) / len(zlib.compress(data)) if data else 0.0
 
 
-def chars_per_s(text: str, duration_ms: int) -> float:
-    """Returns letters and digits per second; infinity for what takes no time."""
-    weight = sum(
+def letters(text: str) -> int:
+    """Returns how many letters and digits a text has; one of Chinese, Japanese or Korean is three."""
+    return sum(
         _WIDE_WEIGHT if unicodedata.east_asian_width(char) in "WF" else 1
         for char in text
         if char.isalnum() or unicodedata.category(char).startswith("M")
     )
-    return weight / (duration_ms / 1000) if duration_ms > 0 else float("inf")
+
+
+def chars_per_s(text: str, duration_ms: int) -> float:
+    """Returns `letters` per second; infinity for what takes no time."""
+    return letters(text) / (duration_ms / 1000) if duration_ms > 0 else float("inf")
 
 
 def units(text: str) -> list[str]:
