@@ -50,6 +50,15 @@ CorpusArgument = Annotated[str, typer.Argument(help="Folder or URL of a corpus."
 PipelineArgument = Annotated[
     Path, typer.Argument(help="Pipeline file, e.g. pipelines/quickstart.yaml.")
 ]
+SourcesOption = Annotated[
+    list[str],
+    typer.Option(
+        "--sources",
+        "-s",
+        help="Folder, file, glob, URL, s3://prefix, youtube:ID, playlist or channel, "
+        "ytsearchN:words, or a .txt, .csv, .jsonl or .parquet list; may be repeated.",
+    ),
+]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", help="Change a setting: stages.segment.num_frames=16."),
@@ -62,15 +71,7 @@ def ingest(
     pipeline: Annotated[
         Path, typer.Argument(help="Pipeline file, e.g. pipelines/quickstart.yaml.")
     ],
-    sources: Annotated[
-        list[str],
-        typer.Option(
-            "--sources",
-            "-s",
-            help="Folder, file, glob, URL, s3://prefix, youtube:ID, playlist or channel, "
-            "ytsearchN:words, or a .txt, .csv, .jsonl or .parquet list; may be repeated.",
-        ),
-    ],
+    sources: SourcesOption,
     corpus: Annotated[str, typer.Option("--corpus", "-c", help="Where to; made if missing.")],
     address: Annotated[
         str | None, typer.Option(help="Ray cluster; default RAY_ADDRESS, else this machine.")
@@ -232,6 +233,55 @@ def prefetch(
     with _interruptible("interrupted: run the same command to go on"):
         good = run_prefetch(loaded, _LIVE, dry_run=dry_run)
     raise typer.Exit(0 if good else 1)
+
+
+@app.command()
+def plan(
+    pipeline: PipelineArgument,
+    sources: SourcesOption,
+    sample: Annotated[int, typer.Option(min=1, help="How many sources to run.")] = 20,
+    seed: Annotated[int, typer.Option(help="Another seed draws others.")] = 0,
+    corpus: Annotated[
+        str | None,
+        typer.Option(
+            "--corpus",
+            "-c",
+            help="Where the real run will go: what has ended there is left out, and the plan is kept "
+            "with it for the run's report.",
+        ),
+    ] = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option(help="To plan for: cpus=128,gpus=8. Default: where the sample runs."),
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster; default RAY_ADDRESS, else this machine.")
+    ] = None,
+    overrides: SetOption = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N sources.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a sample of the sources, and say what all of them will take and give."""
+    from dataengine import forecast
+    from dataengine.config import load_pipeline
+
+    loaded = load_pipeline(pipeline, overrides or [])
+    size = forecast.parse_cluster(cluster) if cluster else None
+    with _interruptible("interrupted: nothing was kept"):
+        result = forecast.make_forecast(
+            loaded, sources, _LIVE, num_sample=sample, seed=seed, corpus_url=corpus,
+            address=address, cluster=size, limit=limit,
+        )  # fmt: skip
+    if result is None:
+        _LIVE.print("Nothing to plan: every source has ended in this corpus, or is refused.")
+        return
+    if as_json:
+        typer.echo(json.dumps(asdict(result), indent=1, ensure_ascii=False))
+    else:
+        forecast.show(result, _console(sys.stdout))
+    if corpus:
+        path = forecast.store(result, corpus)
+        _LIVE.print(f"Kept for the run's report: {path}", highlight=False, soft_wrap=True)
 
 
 @contextlib.contextmanager

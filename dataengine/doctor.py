@@ -243,11 +243,10 @@ def _devices_findings(stages: Sequence[StageSpec], address: str | None) -> list[
     pools = _asked(stages)
     gpus = sum(pool.num_gpus * pool.min_actors for pool in pools)
     cpus = sum(pool.num_cpus * pool.min_actors for pool in pools)
-    address = address or os.environ.get("RAY_ADDRESS")
     try:
-        devices = _cluster(address) if address else _machine(with_gpus=gpus > 0)
+        devices = devices_of(address, with_gpus=gpus > 0)
     except EngineError as error:
-        return [Finding(ENGINE, "cluster", address or "", "missing", error.message, error.hint)]
+        return [Finding(ENGINE, "cluster", address or "Ray", "missing", error.message, error.hint)]
     room = f"{cpus:g} asked, {devices.num_cpus:g} {devices.where}"
     if cpus > devices.num_cpus:
         room += ": stages take turns"
@@ -315,8 +314,22 @@ def _find_or_none(need: Weights) -> Found | None:
     return state if isinstance(state, Found) else None
 
 
-def _machine(*, with_gpus: bool) -> Devices:
-    """Returns this machine's devices; torch is imported only to ask for GPUs."""
+def devices_of(address: str | None, *, with_gpus: bool) -> Devices:
+    """Returns what a run would find: a cluster's devices, or this machine's.
+
+    Args:
+        address: Of a Ray cluster; None uses ``RAY_ADDRESS``, or this machine.
+        with_gpus: Whether this machine is asked for GPUs, for which torch is imported.
+
+    Raises:
+        EngineError: If the cluster cannot be reached.
+    """
+    address = address or os.environ.get("RAY_ADDRESS")
+    if address:
+        from dataengine.runner import cluster_size
+
+        num_cpus, num_gpus = cluster_size(address)
+        return Devices(f"in the cluster at {address}", num_cpus, num_gpus, None)
     num_cpus = os.cpu_count() or 1
     if not with_gpus or importlib.util.find_spec("torch") is None:
         return Devices("here", num_cpus, 0, None)
@@ -325,13 +338,6 @@ def _machine(*, with_gpus: bool) -> Devices:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     memory = [torch.cuda.get_device_properties(index).total_memory for index in range(count)]
     return Devices("here", num_cpus, count, min(memory, default=None))
-
-
-def _cluster(address: str) -> Devices:
-    from dataengine.runner import cluster_size
-
-    num_cpus, num_gpus = cluster_size(address)
-    return Devices(f"in the cluster at {address}", num_cpus, num_gpus, None)
 
 
 def _disk_findings(pipeline: Pipeline, corpus: str | None) -> list[Finding]:
