@@ -28,7 +28,7 @@ export CORPUS PIPELINE SOURCES DEMO RECIPE Q
 # Ray would rebuild the environment of `uv run` for every worker, and hang.
 export RAY_ENABLE_UV_RUN_RUNTIME_ENV ?= 0
 
-.PHONY: help setup ingest query verify pretrain test test-slow lint fix bench tiny-clip clean
+.PHONY: help setup ingest doctor prefetch plan annotate query verify pretrain test test-slow lint fix bench tiny-clip clean
 
 help: ## list what can be made
 	@echo "dataengine: from a list of videos to a captioned, queryable, trainable corpus"
@@ -57,6 +57,18 @@ ifeq ($(strip $(value SOURCES)),)
 else
 	@$(PY) -m dataengine ingest "$$PIPELINE" --sources "$$SOURCES" --corpus "$$CORPUS" $(ARGS)
 endif
+
+doctor: $(READY) ## say what PIPELINE needs that is not here, and what brings it
+	@$(PY) -m dataengine doctor "$$PIPELINE" $(ARGS)
+
+prefetch: $(READY) ## fetch all weights of PIPELINE
+	@$(PY) -m dataengine prefetch "$$PIPELINE" $(ARGS)
+
+plan: $(READY) ## run a sample of SOURCES, say what all of them would cost
+	@$(PY) -m dataengine plan "$$PIPELINE" --sources "$$SOURCES" $(ARGS)
+
+annotate: $(READY) ## run stages of PIPELINE again over CORPUS: make annotate ARGS="--stage score"
+	@$(PY) -m dataengine annotate "$$CORPUS" --pipeline "$$PIPELINE" $(ARGS)
 
 query: $(READY) ## look at clips: make query Q="language = 'en'" ARGS="--limit 5"
 	@$(PY) -m dataengine query "$$CORPUS" "$$Q" $(ARGS)

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 from pydantic import Field, ValidationError
@@ -20,6 +20,7 @@ from pydantic import Field, ValidationError
 from dataengine.errors import DependencyError
 from dataengine.models.answers import Batcher, Failure
 from dataengine.models.clip import file_revision, unit
+from dataengine.models.internvideo2 import InternVideo2Scorer, InternVideo2ScorerConfig
 from dataengine.models.known_pairs import KNOWN_PAIRS, check_known_pairs
 from dataengine.models.pretrained import torch_device
 from dataengine.needs import Need, Package, Weights
@@ -76,8 +77,10 @@ class ViCLIPScorerConfig(Settings):
         return (Package("open_clip"), Weights("file", self.weights))
 
 
-VideoTextConfig = ViCLIPScorerConfig
-"""The families of video-text models; a second kind makes this a union on ``kind``."""
+VideoTextConfig = Annotated[
+    ViCLIPScorerConfig | InternVideo2ScorerConfig, Field(discriminator="kind")
+]
+"""The families of video-text models."""
 
 
 def middle_frames(num_available: int, num_wanted: int) -> list[int]:
@@ -190,14 +193,17 @@ def check_video_text(scorer: VideoTextScorer) -> None:
     check_known_pairs(scorer.model, scorer.embed_videos(clips), scorer.embed_texts(texts))
 
 
-def build_video_text(config: VideoTextConfig) -> VideoTextScorer:
+def build_video_text(config: ViCLIPScorerConfig | InternVideo2ScorerConfig) -> VideoTextScorer:
     """Returns the scorer that a config names; `check_video_text` says whether it can be trusted.
 
     Raises:
         DependencyError: If its package or its weights are missing, or do not fit.
     """
-    builders = {"viclip": ViCLIPScorer}
-    return builders[config.kind](config)
+    match config:
+        case ViCLIPScorerConfig():
+            return ViCLIPScorer(config)
+        case InternVideo2ScorerConfig():
+            return InternVideo2Scorer(config)
 
 
 def _exact(features: Any) -> Sequence[np.ndarray]:

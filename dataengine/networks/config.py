@@ -139,3 +139,40 @@ class AudioQFormerConfig(NetworkConfig):
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
         return self
+
+
+class InternVideo2Config(NetworkConfig):
+    """InternVideo2's vision encoder; see `dataengine.networks.internvideo2`."""
+
+    image_size: int = Field(default=224, gt=0)
+    """Height and width of a frame, pixels."""
+    patch_size: int = Field(default=14, gt=0)
+    """Height and width of a patch, pixels."""
+    num_frames: int = Field(default=8, gt=0)
+    """Frames of a clip: 8 in stage 1, 4 in stage 2."""
+    width: int = Field(gt=0)
+    layers: int = Field(gt=0)
+    heads: int = Field(gt=0)
+    mlp_width: int = Field(gt=0)
+    """Hidden width of the MLPs."""
+    pool_heads: int = Field(default=16, gt=0)
+    """Heads of the attention pooling."""
+    embed_dim: int = Field(default=768, gt=0)
+    """Width of the pooled feature."""
+    image_positions: bool = False
+    """Whether images have position embeddings of their own (stage 2 of the 1B model)."""
+    gelu: Literal["tanh", "none"] = "tanh"
+    """torch's name of the approximation; the released weights were trained with ``tanh``."""
+    drop_path: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Stochastic depth of the last block; grows linearly from 0 at the first."""
+    checkpoint_activations: bool = False
+    """Whether blocks are recomputed in the backward pass to save memory."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> "InternVideo2Config":
+        for heads in (self.heads, self.pool_heads):
+            if self.width % heads:
+                raise ValueError(f"width {self.width} is not a multiple of {heads} heads")
+        if self.image_size % self.patch_size or self.width % 8:
+            raise ValueError("image_size must be a multiple of patch_size, and width of 8")
+        return self
