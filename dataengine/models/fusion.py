@@ -44,8 +44,6 @@ class FusedCaptions:
     """Column (``caption_speech`` ...) -> who wrote it, where that is not the fuser itself."""
     notes: Mapping[str, str] = field(default_factory=dict)
     """Column -> what was unusual about it, e.g. ``template:refusal``."""
-    input_hash: str | None = None
-    """`records.digest` of what a language model was shown; None if none was asked."""
 
 
 class Fuser(Protocol):

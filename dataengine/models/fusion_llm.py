@@ -201,7 +201,6 @@ class LLMFuser:
                 template,
                 authors=dict.fromkeys((SPEECH, AV, AVS), by_template),
                 notes=dict.fromkeys(missed, f"template:{answer.reason}"),
-                input_hash=question.request.input_hash,
             )
         audio_video = answer.get(AV, template.audio_video)
         return FusedCaptions(
@@ -210,5 +209,4 @@ class LLMFuser:
             # Where nothing is said, all modalities together are the two that are there.
             audio_video_speech=answer.get(AVS, audio_video),
             authors={SPEECH: by_template} | ({} if AV in answer else {AV: by_template}),
-            input_hash=question.request.input_hash,
         )

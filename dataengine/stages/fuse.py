@@ -78,14 +78,11 @@ class FuseStage(Stage):
         """Returns the provenance of a column that was written."""
         fuser = self._fuser
         own = Author(fuser.model, fuser.revision, fuser.prompt_hash)
-        author, note = captions.authors.get(column), captions.notes.get(column)
-        by = author or own
-        # What no language model was asked for has no input of one.
-        asked = author is None or note is not None
+        author = captions.authors.get(column, own)
+        # No input_hash: that is of frames, and fusion is shown texts, which stand in the row.
         return provenance(
-            *(column, by.model, by.revision, by.prompt_hash),
-            input_hash=captions.input_hash if asked else None,
-            note=note,
+            *(column, author.model, author.revision, author.prompt_hash),
+            note=captions.notes.get(column),
         )
 
 
