@@ -3,7 +3,7 @@
 
 A clip without a transcript has no language. A short transcript keeps the score the model gives
 it: selection decides what is sure enough (InternVideo2 sends what is below 0.95 to an LLM
-instead of the translator, App. B.2).
+instead of the translator, App. B.2; see `dataengine.stages.translate`).
 """
 
 from collections.abc import Sequence
