@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """BEATs checkpoints of random weights in the published format, and sounds to hear."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -113,3 +114,84 @@ def seeded_sound(seconds=1.0, seed=0):
     t = np.arange(int(seconds * RATE)) / RATE
     chirp = 0.3 * np.sin(2 * np.pi * (200 * t + 900 * t**2))
     return (chirp + 0.05 * rng.standard_normal(len(t))).astype(np.float32)
+
+
+def sound_of(kind, rng, seconds=1.0):
+    """A sound of one of four kinds, never twice the same."""
+    t = np.arange(int(seconds * RATE)) / RATE
+    level = rng.uniform(0.15, 0.5)
+    if kind == "tone":
+        wave = np.sin(2 * np.pi * rng.uniform(300, 600) * t)
+    elif kind == "noise":
+        wave = 0.5 * rng.standard_normal(len(t))
+    elif kind == "clicks":
+        wave = (np.arange(len(t)) % int(RATE * rng.uniform(0.1, 0.2)) < 24) * 1.0
+    else:
+        start, rise = rng.uniform(300, 800), rng.uniform(2000, 3000)
+        wave = np.sin(2 * np.pi * (start * t + rise * t**2 / (2 * seconds)))
+    return (level * wave).astype(np.float32)
+
+
+SENTENCES = {
+    "tone": "A steady tone hums .",
+    "noise": "Loud noise hisses on .",
+    "clicks": "Short clicks come regularly .",
+    "chirp": "The pitch rises quickly .",
+}
+"""What each kind is called; no two share a word."""
+
+
+def save_sentence_lm(folder: Path, seed=0):
+    """A word-level Llama of 2 layers that turns words such as "tone" into `SENTENCES`; it knows no sound."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    words = sorted({word for text in SENTENCES.values() for word in text.split()} - {*SENTENCES})
+    vocab = {
+        word: i
+        for i, word in enumerate(
+            ["<pad>", "<end>", "<unk>", "Sound", "Caption", *SENTENCES, *words]
+        )
+    }
+    raw = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="<pad>", eos_token="<end>", unk_token="<unk>"
+    )
+    config = LlamaConfig(
+        vocab_size=len(vocab), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=64,
+        pad_token_id=0, eos_token_id=1, bos_token_id=None,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config)
+        # A sentence follows on four words, one or more of which say what it is about.
+        texts = [
+            [vocab["Sound"], *hint, vocab["Caption"], *tokenizer(text).input_ids, 1]
+            for kind, text in SENTENCES.items()
+            for hint in itertools.product([2, vocab[kind]], repeat=4)
+            if any(word != 2 for word in hint)
+        ]
+        longest = max(map(len, texts))
+        ids = torch.tensor([text + [0] * (longest - len(text)) for text in texts])
+        labels = ids.masked_fill(ids == 0, -100)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        for _ in range(60):
+            optimizer.zero_grad()
+            model(input_ids=ids, labels=labels).loss.backward()
+            optimizer.step()
+    model.eval().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_wav(path: Path, wave):
+    import wave as format_
+
+    with format_.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(RATE)
+        file.writeframes((np.clip(wave, -1, 1) * 32767).astype("<i2").tobytes())
+    return path

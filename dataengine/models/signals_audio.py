@@ -215,6 +215,7 @@ class SignalsAudioCaptioner:
     model = "signals"
     revision = "1"
     prompt_hash: str | None = None
+    rate = RATE
 
     def __init__(self) -> None:
         self._detector = build_voice_detector()
