@@ -13,6 +13,7 @@ import pytest
 
 from dataengine import records
 from dataengine.media import jpeg_encode
+from dataengine.models.answers import Failure
 from dataengine.models.asr import Segment, Transcript
 from dataengine.models.fusion import (
     TemplateConfig,
@@ -34,9 +35,11 @@ from dataengine.stages.transcribe import (
     base_language,
     cut_cues,
     original_language,
+    sounds_like_speech,
     spoken_text,
 )
 from dataengine.stages.translate import TranslateStage
+from tests.test_asr import speak
 
 STAGES = [
     CaptionVideoStage, CaptionAudioStage, TranscribeStage, IdentifyLanguageStage, TranslateStage,
@@ -242,6 +245,55 @@ def test_preference_decides_between_sound_and_subtitles(monkeypatch):
     assert transcript(prefer="asr") == "written"
 
 
+def test_transcripts_cut_from_subtitles_stay_when_a_corpus_is_annotated_again(monkeypatch):
+    """Its rows have no cues any more."""
+    from dataengine.stages import transcribe
+
+    recogniser = Recogniser([Segment(0, 1000, "heard")])
+    monkeypatch.setattr(transcribe, "build_transcriber", lambda config: recogniser)
+    row = clip(has_audio=True, video={"bytes": TONE, "path": None}, transcript="written")
+
+    def columns(*wrote, prefer="subtitles"):
+        again = row | {"provenance": list(wrote)}
+        return columns_of(run(TranscribeStage, [again], min_speech_ratio=0, prefer=prefer)[0])
+
+    by_people = provenance("transcript", "subtitles/manual", "en")
+    assert columns(by_people) == {}  # what is there stays
+    assert columns(by_people, prefer="asr")["transcript"] == "heard"
+    assert columns(provenance("transcript", "whisper:tiny.pt"))["transcript"] == "heard"
+    assert columns(provenance("caption", "subtitles/manual"))["transcript"] == "heard"
+
+
+def test_what_guards_left_out_is_noted_and_failures_say_why(monkeypatch):
+    from dataengine.stages import transcribe
+
+    class Cautious:
+        model, revision = "recogniser", "1"
+
+        def transcribe(self, waveforms):
+            said = Transcript((Segment(0, 1000, "heard"),), "guard:repetition")
+            return [said, Transcript((), "guard:no_speech"), Failure("out_of_memory"), Transcript()]
+
+    monkeypatch.setattr(transcribe, "build_transcriber", lambda config: Cautious())
+    rows = [clip(has_audio=True, video={"bytes": TONE, "path": None}) for _ in range(4)]
+    told = [columns_of(outcome) for outcome in run(TranscribeStage, rows, min_speech_ratio=0)]
+    assert [row["transcript"] for row in told] == ["heard", None, None, None]
+    assert [{entry["note"] for entry in row["provenance"]} for row in told] == [
+        {"guard:repetition"}, {"guard:no_speech"}, {"failed:out_of_memory"}, {None},
+    ]  # fmt: skip
+
+
+def test_speech_is_told_from_music_whatever_was_heard_before():
+    time = np.arange(70 * 16000) / 16000
+    music = (0.1 * np.sin(2 * np.pi * 440 * time)).astype(np.float32)  # longer than one stretch
+    assert not sounds_like_speech(music, 0.12)
+    assert sounds_like_speech(music, 0.0)
+    assert not sounds_like_speech(np.zeros(0, np.float32), 0.12)
+    spoken = speak("the quick brown fox jumps over the lazy dog")
+    assert sounds_like_speech(spoken, 0.5)
+    assert sounds_like_speech(np.concatenate([spoken, music[:16000]]), 0.12)
+
+
 def test_a_caption_that_came_with_the_clip_stays():
     row = clip(caption_video="A red ball.", caption="a dog catches a ball")
     row["provenance"] = [provenance("caption", records.GIVEN)]
@@ -362,31 +414,3 @@ def test_frames_are_spread():
         [0],
         [1, 3],
     )
-
-
-def test_rows_are_scored_in_one_batch(monkeypatch):
-    from dataengine.stages import score
-
-    asked = []
-
-    class Scorer:
-        model, revision = "scorer", "1"
-
-        def score(self, clips, texts):
-            asked.append(([len(frames) for frames in clips], list(texts)))
-            return [0.25 * len(frames) for frames in clips]
-
-    monkeypatch.setattr(score, "build_clip_scorer", lambda config: Scorer())
-    rows = [
-        clip(frames=[GREEN_JPEG] * 8, caption_video="green"),
-        clip(frames=[b"broken"], caption_video="green"),
-        clip(frames=[GREEN_JPEG], caption_video=None),
-        clip(frames=[GREEN_JPEG] * 2, caption_video="greener", caption_avs="loud"),
-    ]
-    first, second, third, fourth = run(ScoreStage, rows)
-    assert isinstance(second, Drop)
-    scores = [columns_of(outcome)["clip_score"] for outcome in (first, third, fourth)]
-    assert scores == [1.0, None, 0.5]
-    assert asked == [([4, 2], ["green", "greener"])]
-    run(ScoreStage, rows[3:], caption_column="caption_avs", max_frames=1)
-    assert asked[1] == ([1], ["loud"])

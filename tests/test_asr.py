@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
+import io
 import shutil
 import subprocess
 import sys
+import wave
 from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
+from dataengine.corpus import Corpus
 from dataengine.errors import DependencyError
 from dataengine.models.answers import Failure
 from dataengine.models.asr import (
@@ -35,6 +39,9 @@ from dataengine.models.speech_pieces import (
 )
 from dataengine.models.whisper import decoding_task, halved, joint_languages, read_tokens
 from dataengine.needs import Package, Weights
+from dataengine.stage import Kept
+from dataengine.stages.transcribe import TranscribeStage
+from tests.helpers import clip_row, clips_table, ledger_row
 
 SENTENCE = "the quick brown fox jumps over the lazy dog"
 
@@ -443,6 +450,45 @@ def test_segments_begin_and_end_with_their_words(tiny_whisper, monkeypatch):
     assert [text for *_, text in texts_of(timed)] == [text for *_, text in texts_of(plain)]
     assert texts_of(timed) != texts_of(plain)
     assert all(0 <= start < end <= 3000 for start, end, _ in texts_of(timed))
+
+
+def wav(waveform):
+    buffer = io.BytesIO()
+    with wave.open(buffer, "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(SAMPLE_RATE)
+        file.writeframes((np.clip(waveform, -1, 1) * 32767).astype("<i2").tobytes())
+    return buffer.getvalue()
+
+
+def test_whisper_fills_columns_of_a_shard(tiny_whisper, tmp_path):
+    """Clips with speech, with noise, and without sound; times on the source's clock."""
+    config = WhisperConfig(model=str(tiny_whisper), max_tokens=6, guards=BELIEVE)
+    stage = TranscribeStage(TranscribeStage.Config(model=config))
+    stage.setup()
+    rows = [
+        clip_row("v", start, start + 4000, has_audio=sound is not None)
+        | {"video": {"bytes": b"x" if sound is None else wav(sound), "path": None}}
+        for start, sound in zip((0, 5000, 9000), (speak(SENTENCE), None, noises(4)[0]), strict=True)
+    ]
+    rows += [rows[0] | clip_row("v", 20_000, 24_000, video=rows[0]["video"])]
+    for row, outcome in zip(rows, stage.process(rows), strict=True):
+        assert isinstance(outcome, Kept)
+        row |= dict(outcome.rows[0])
+    corpus = Corpus.create(str(tmp_path / "corpus"))
+    corpus.take_over("r-1")
+    corpus.commit(clips_table(rows), [ledger_row("v", rows)], run_id="r-1", fingerprint="f")
+    (shard,) = (tmp_path / "corpus" / "shards").glob("*.parquet")
+    columns = ["transcript", "transcript_segments", "provenance"]
+    first, silent, noise, later = pq.read_table(shard, columns=columns).to_pylist()
+    assert (silent["transcript"], noise["transcript"]) == (None, None)
+    assert first["transcript"] == later["transcript"]
+    assert first["transcript"]
+    for row, start_ms in ((first, 0), (later, 20_000)):
+        assert {entry["model"] for entry in row["provenance"]} == {"whisper:tiny.pt"}
+        for segment in row["transcript_segments"]:
+            assert start_ms <= segment["start_ms"] <= segment["end_ms"] <= start_ms + 4000
 
 
 def test_whisper_that_is_not_there_is_an_error_that_names_it(tmp_path):
