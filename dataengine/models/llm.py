@@ -8,6 +8,7 @@ Every request carries the id of what it is about and a hash of what it shows; an
 id, never by order.
 """
 
+import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -83,6 +84,21 @@ def check_ids(requests: Sequence[Request]) -> None:
         if request.id in seen:
             raise ValueError(f"two requests with the id {request.id}")
         seen.add(request.id)
+
+
+def decode_picture(jpeg: bytes) -> Any:
+    """Returns a picture of a request as PIL image, RGB.
+
+    Raises:
+        ValueError: If it does not decode.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(jpeg)) as opened:
+            return opened.convert("RGB")
+    except (OSError, SyntaxError) as error:  # PIL's own error, truncated files, broken headers
+        raise ValueError("a picture does not decode") from error
 
 
 class LanguageModel(Protocol):

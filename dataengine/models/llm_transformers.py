@@ -18,6 +18,7 @@ from dataengine.models.llm import (
     Request,
     TransformersLLMConfig,
     check_ids,
+    decode_picture,
     read_answer,
     schema_prompt,
 )
@@ -54,9 +55,7 @@ class TransformersLLM:
             "audio": transformers.AutoModelForMultimodalLM,
         }
         self._modality = config.modality
-        self._processor = load_processor(
-            processors[config.modality], config.model, config.revision
-        )
+        self._processor = load_processor(processors[config.modality], config.model, config.revision)
         self._tokenizer = getattr(self._processor, "tokenizer", self._processor)
         if not getattr(self._processor, "chat_template", None):
             raise DependencyError(
@@ -97,7 +96,7 @@ class TransformersLLM:
         for request in requests:
             try:
                 media = self._media(request)
-            except (OSError, ValueError, wave.Error, EOFError) as error:
+            except (ValueError, wave.Error, EOFError) as error:
                 answers[request.id] = Failure(REFUSED, f"cannot be shown: {_line(error)}")
             else:
                 batches[bool(media)].append((request, media))
@@ -107,20 +106,22 @@ class TransformersLLM:
         return {request.id: answers[request.id] for request in requests}
 
     def _media(self, request: Request) -> Sequence[Any]:
-        """Returns the pictures or the sound of a request, decoded."""
+        """Returns the pictures or the sound of a request, decoded.
+
+        Raises:
+            ValueError, wave.Error, EOFError: If the model takes no such thing, or it does not decode.
+        """
         shown = {"image": bool(request.images), "audio": request.audio is not None}
         for modality, is_shown in shown.items():
             if is_shown and modality != self._modality:
                 raise ValueError(f"{modality} for a model with modality: {self._modality}")
         if request.images:
-            return [_picture(jpeg) for jpeg in request.images]
+            return [decode_picture(jpeg) for jpeg in request.images]
         if request.audio is not None:
             return [_sound(request.audio, self._processor.feature_extractor.sampling_rate)]
         return []
 
-    def _generate(
-        self, batch: Sequence[tuple[Request, Sequence[Any]]]
-    ) -> list[str | Failure]:
+    def _generate(self, batch: Sequence[tuple[Request, Sequence[Any]]]) -> list[str | Failure]:
         """Returns one answer per request, in order."""
         import torch
 
@@ -135,7 +136,8 @@ class TransformersLLM:
         max_new = max(request.max_tokens for request in requests)
         lengths = inputs["attention_mask"].sum(dim=1).tolist()
         refused = [
-            self._refusal(length, request) for length, request in zip(lengths, requests, strict=True)
+            self._refusal(length, request)
+            for length, request in zip(lengths, requests, strict=True)
         ]
         if any(refused):
             fitting = [item for item, refusal in zip(batch, refused, strict=True) if not refusal]
@@ -215,24 +217,12 @@ def _end_tokens(model: Any, tokenizer: Any) -> set[int]:
     return set(ends) if isinstance(ends, list) else {ends}
 
 
-def _picture(jpeg: bytes) -> Any:
-    """Returns a picture, RGB.
-
-    Raises:
-        OSError: If it does not decode.
-    """
-    from PIL import Image
-
-    with Image.open(io.BytesIO(jpeg)) as opened:
-        return opened.convert("RGB")
-
-
 def _sound(wav: bytes, sampling_rate: int) -> np.ndarray:
     """Returns the samples of a mono 16-bit WAV, float32 in -1 to 1, shape (samples,).
 
     Raises:
         ValueError: If it is of another kind, or empty.
-        wave.Error: If it is no WAV.
+        wave.Error, EOFError: If it is no WAV.
     """
     with wave.open(io.BytesIO(wav)) as opened:
         kind = (opened.getnchannels(), opened.getsampwidth(), opened.getframerate())
@@ -240,7 +230,7 @@ def _sound(wav: bytes, sampling_rate: int) -> np.ndarray:
             raise ValueError(f"{kind} instead of mono, 16 bit, {sampling_rate} Hz")
         samples = np.frombuffer(opened.readframes(opened.getnframes()), "<i2")
     if not len(samples):
-        raise ValueError("no samples")
+        raise ValueError("a WAV without samples")
     return samples.astype(np.float32) / 32768
 
 

@@ -7,17 +7,17 @@ job: run ``vllm serve`` and use ``kind: http``.
 """
 
 import base64
-import io
 import logging
 import os
 import threading
 from collections.abc import Sequence
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
 from dataengine.errors import DependencyError, EngineError
 from dataengine.models.answers import REFUSED, Failure
-from dataengine.models.llm import Request, VllmConfig, check_ids, read_answer
+from dataengine.models.llm import Request, VllmConfig, check_ids, decode_picture, read_answer
 from dataengine.models.pretrained import model_id, model_revision
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class VllmLLM:
             os.environ.setdefault(name, value)
         try:
             import torch
-            import vllm
+            import vllm  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise DependencyError(
                 f"vLLM is missing ({error})", "uv sync --extra ingest --extra vllm"
@@ -89,7 +89,7 @@ class VllmLLM:
         for request in requests:
             try:
                 turns.append((request, self._messages(request)))
-            except (OSError, ValueError) as error:
+            except ValueError as error:
                 answers[request.id] = Failure(REFUSED, _line(error))
         with self._lock:
             answers |= self._chat(turns)
@@ -139,15 +139,12 @@ class VllmLLM:
         }
 
     def _sampling(self, request: Request) -> Any:
-        from vllm import SamplingParams
-        from vllm.sampling_params import StructuredOutputsParams
+        from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
+        from vllm.sampling_params import StructuredOutputsParams  # pyright: ignore[reportMissingImports]
 
         structured = None
         if request.schema is not None:
-            # Without it a model may spend all its tokens on white space between the fields.
-            structured = StructuredOutputsParams(
-                json=dict(request.schema), disable_any_whitespace=True
-            )
+            structured = StructuredOutputsParams(json=dict(request.schema))
         return SamplingParams(
             temperature=self._config.temperature,
             seed=self._config.seed,
@@ -159,19 +156,15 @@ class VllmLLM:
         """Returns the turns of a request; media stand before the question.
 
         Raises:
-            ValueError: If there are too many pictures.
-            OSError: If a picture does not decode.
+            ValueError: If there are too many pictures, or one does not decode.
         """
-        from PIL import Image
-
         if len(request.images) > self._config.max_images:
             raise ValueError(
                 f"{len(request.images)} pictures, max_images is {self._config.max_images}"
             )
         parts: list[dict[str, Any]] = []
         for jpeg in request.images:
-            with Image.open(io.BytesIO(jpeg)) as opened:
-                parts.append({"type": "image_pil", "image_pil": opened.convert("RGB")})
+            parts.append({"type": "image_pil", "image_pil": decode_picture(jpeg)})
         if request.audio is not None:
             data = base64.b64encode(request.audio).decode()
             parts.append({"type": "input_audio", "input_audio": {"data": data, "format": "wav"}})
@@ -190,6 +183,8 @@ def _arguments(config: VllmConfig) -> dict[str, Any]:
         "seed": config.seed,
         # Memory is set aside for the most that a request may hold; videos come as pictures.
         "limit_mm_per_prompt": {"image": config.max_images, "audio": 1, "video": 0},
+        # A model may spend all its tokens on white space between the fields otherwise.
+        "structured_outputs_config": {"disable_any_whitespace": True},
     }
     if config.revision:
         arguments |= {"revision": config.revision, "tokenizer_revision": config.revision}
@@ -213,7 +208,7 @@ def _check_pairs(requests: Sequence[Request], outputs: Sequence[Any]) -> None:
     numbers = [int(output.request_id) for output in outputs]
     prompts = [" ".join((output.prompt or "").split()) for output in outputs]
     right = len(outputs) == len(requests) and all(output.finished for output in outputs)
-    right = right and all(one < two for one, two in zip(numbers, numbers[1:], strict=False))
+    right = right and all(one < two for one, two in pairwise(numbers))
     for i, request in enumerate(requests if right else ()):
         question = " ".join(request.prompt.split())
         # A template that rewrites the question proves nothing; another's output that shows it does.
