@@ -5,6 +5,7 @@ Nothing is loaded, fetched or changed. Every check answers with a `Finding`, so 
 there is to mend.
 """
 
+import http.client
 import importlib.util
 import json
 import os
@@ -217,10 +218,12 @@ def _endpoint_or_why(need: Endpoint) -> tuple[str, str]:
         elif error.code == 404:
             hint = "base_url ends in /v1"
         return f"{url} answers {error.code} {error.reason}", hint
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except http.client.InvalidURL as error:
+        return f"not an address: {url} ({_line(error)})", "correct base_url"
+    except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
-        if isinstance(error, OSError):
-            return f"no answer from {url} ({_line(reason)})", serve
+        return f"no answer from {url} ({_line(reason)})", serve
+    except (ValueError, KeyError, TypeError):
         return f"{url} does not answer as OpenAI's API does", "base_url ends in /v1"
     if need.model not in served:
         shown = ", ".join(served[:5]) or "nothing"
