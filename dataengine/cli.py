@@ -20,6 +20,7 @@ from rich.table import Table
 
 from dataengine import __version__
 from dataengine.errors import EngineError
+from dataengine.queries_cli import discover, queries_app
 
 if TYPE_CHECKING:
     from dataengine.ingest import RunResult
@@ -45,6 +46,9 @@ class OutputFormat(StrEnum):
     JSONL = "jsonl"
     PARQUET = "parquet"
 
+
+app.add_typer(queries_app)
+app.command()(discover)
 
 CorpusArgument = Annotated[str, typer.Argument(help="Folder or URL of a corpus.")]
 PipelineArgument = Annotated[

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+# transformers' configs are typed more narrowly than they take.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportOptionalSubscript=false, reportGeneralTypeIssues=false
 """Tiny random captioners and summarisers, made on the spot in the format of the real ones.
 
 They write nonsense, but other nonsense for other pictures, and the same every time.

@@ -9,6 +9,7 @@ from typing import Any
 
 import jinja2
 
+from dataengine.alarms import check_captions
 from dataengine.corpus import Corpus
 from dataengine.errors import CorpusError
 from dataengine.funnel import clock
@@ -31,6 +32,8 @@ def write_report(corpus: Corpus, run_id: str | None = None) -> str:
     Raises:
         CorpusError: If there is no such finished run.
     """
+    from dataengine.forecast import compare  # it ingests a sample, and an ingest writes a report
+
     run_id = run_id or _newest_run(corpus)
     if not corpus.fs.exists(corpus.path("runs", run_id)):
         raise CorpusError(
@@ -45,6 +48,8 @@ def write_report(corpus: Corpus, run_id: str | None = None) -> str:
             run=record,
             funnel=_load(corpus, run_id, "funnel.json"),
             stages=_load(corpus, run_id, "metrics.json"),
+            captions=check_captions(corpus),
+            comparison=compare(corpus, run_id),
             clips=[_card(corpus, row) for row in _pick(corpus, run_id)],
         )
     )
@@ -103,6 +108,8 @@ def _data_url(kind: str, data: bytes) -> str:
 
 
 def _environment() -> jinja2.Environment:
+    from dataengine.forecast import Range, range_text  # as above
+
     templates = jinja2.FunctionLoader(
         lambda name: files("dataengine.report").joinpath(name).read_text(encoding="utf-8")
     )
@@ -112,6 +119,8 @@ def _environment() -> jinja2.Environment:
     environment.filters |= {
         "clock": clock,
         "duration": duration,
+        "range_text": range_text,
+        "amount_text": lambda value, quantity: range_text(Range(value, None, None), quantity),
         "ms": lambda value: f"{value // 60000}:{value % 60000 / 1000:06.3f}",
     }
     environment.globals["today"] = time.strftime("%Y-%m-%d", time.gmtime())
