@@ -9,6 +9,7 @@ the first of safetensors, PyTorch's own and ``.pt`` comes.
 import errno
 import glob
 import hashlib
+import http.client
 import json
 import os
 import shutil
@@ -438,7 +439,7 @@ def _plan_url(weights: Weights, url: str) -> Fetch | Missing:
     try:
         with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:
             size = answer.headers.get("Content-Length")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         return explain(error)
     part = _part(target)
     have = part.stat().st_size if part.is_file() else 0
