@@ -51,6 +51,9 @@ _COVERAGE = 0.9
 COUNT, BYTES, LISTED = "number of sources", "size of the files", "length that the list gives"
 """What a total may be scaled by."""
 
+_SHARES = ("videos_", "loss ")
+"""Beginnings of the quantities that say how many sources something happens to."""
+
 
 @dataclass(frozen=True, slots=True)
 class Range:
@@ -420,7 +423,8 @@ class _Estimate:
             y = np.array(numbers)
             by, sizes = COUNT, np.ones(whole)
             for kind, known in sources.sizes.items():
-                if _explains(known[list(chosen)], y):
+                # Outcomes are counted: scaled apart, they would not add up to the sources.
+                if not name.startswith(_SHARES) and _explains(known[list(chosen)], y):
                     by, sizes = kind, known
                     break
             x = sizes[list(chosen)]
@@ -725,10 +729,9 @@ def load(corpus: Corpus, fingerprint: str) -> Forecast | None:
         f"{corpus.root}.plans/{fingerprint}.json",
     ):
         try:
-            content = json.loads(cast(bytes, corpus.fs.cat_file(path)))
-        except (FileNotFoundError, ValueError):
-            continue
-        return _from_json(content)
+            return _from_json(json.loads(cast(bytes, corpus.fs.cat_file(path))))
+        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+            continue  # there is none, or one that another version wrote
     return None
 
 
