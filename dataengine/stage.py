@@ -142,7 +142,7 @@ def provenance(
         prompt_hash: SHA-256 of the prompt file.
         input_hash: `records.digest` of the frames that the model was shown.
         note: What was unusual: ``failed:<reason>`` for a column that is empty because its model failed,
-            ``no_sound``, ``template:<reason>`` for a fallback.
+            ``no_sound``, ``template:<reason>`` for a fallback; docs/annotation.md lists them all.
     """
     return {
         "column": column,
