@@ -224,7 +224,7 @@ FLOORS = {
     "shape": (0.6, 0.9),
     "object colour": (0.75, 0.85),
     "background colour": (0.65, 0.85),
-    "action": (0.45, 0.65),
+    "action": (0.45, 0.55),
     "sound": (0.8, 0.85),
 }
 
