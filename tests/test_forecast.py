@@ -11,26 +11,27 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from dataengine import forecast as module
 from dataengine import records
 from dataengine.corpus import Corpus
 from dataengine.errors import ConfigError, CorpusError
 from dataengine.forecast import (
-    BYTES,
-    COUNT,
-    LISTED,
     Comparison,
     Forecast,
     Range,
     StagePlan,
+    bootstrap,
     compare,
     load,
     make_forecast,
     parse_cluster,
     range_text,
+    sample_run,
     show,
     store,
 )
+from dataengine.forecast.bootstrap import Estimate
+from dataengine.forecast.cluster_time import ClusterTime
+from dataengine.forecast.sample_run import BYTES, COUNT, LISTED, Sources, draw
 from dataengine.plan import TODO_SCHEMA
 from dataengine.pools import plan_pools
 from dataengine.progress import Snapshot, StageCounts, VideoCost
@@ -42,16 +43,16 @@ NUM_SOURCES = 400
 
 def known(sizes=None, kind=BYTES, num_sources=NUM_SOURCES):
     names = [f"/{i}.mp4" for i in range(num_sources)]
-    return module._Sources(names, {} if sizes is None else {kind: sizes})
+    return Sources(names, {} if sizes is None else {kind: sizes})
 
 
 def estimate(costs, chosen, sources=None, name="cost"):
     measured = {name: [float(costs[i]) for i in chosen]}
-    return module._Estimate.of(measured, sources or known(num_sources=len(costs)), chosen, seed=1)
+    return Estimate.of(measured, sources or known(num_sources=len(costs)), chosen, seed=1)
 
 
 def samples(num_sampled, num_times=200):
-    return [module._draw(NUM_SOURCES, num_sampled, seed) for seed in range(num_times)]
+    return [draw(NUM_SOURCES, num_sampled, seed) for seed in range(num_times)]
 
 
 def ends(result: Range) -> tuple[float, float]:
@@ -125,7 +126,7 @@ def test_what_size_does_not_explain_is_scaled_by_number(kind):
         "opposite": sizes.max() - sizes,
         "constant": np.full(NUM_SOURCES, 7.0),
     }[kind]
-    chosen = module._draw(NUM_SOURCES, 100, 0)
+    chosen = draw(NUM_SOURCES, 100, 0)
     result = estimate(costs, chosen, known(sizes))
     assert result.scaled_by == {"cost": COUNT}
     assert result.values["cost"] == pytest.approx(costs[chosen].mean() * NUM_SOURCES)
@@ -133,22 +134,22 @@ def test_what_size_does_not_explain_is_scaled_by_number(kind):
 
 def test_a_ratio_needs_a_correlation_above_half_the_quotient_of_the_variations():
     sizes = np.array([1.0, 2.0, 3.0, 4.0])
-    assert module._explains(sizes, sizes * 5)
+    assert bootstrap._explains(sizes, sizes * 5)
     # A large constant part: correlation 1, but the quotient of the variations is 10.
-    assert not module._explains(sizes, sizes + 25)
-    assert not module._explains(sizes[:2], sizes[:2])
+    assert not bootstrap._explains(sizes, sizes + 25)
+    assert not bootstrap._explains(sizes[:2], sizes[:2])
 
 
 def test_shares_of_the_outcomes_add_up_whatever_the_sizes():
     sizes = np.linspace(1, 100, NUM_SOURCES)
     kept = (sizes > 50).astype(float)  # what is large is kept
-    chosen = module._draw(NUM_SOURCES, 20, 3)
+    chosen = draw(NUM_SOURCES, 20, 3)
     measured = {
         "videos_kept": list(kept[chosen]),
         "videos_dropped": list(1 - kept[chosen]),
         "loss segment: too_short": list(1 - kept[chosen]),
     }
-    result = module._Estimate.of(measured, known(sizes), chosen, 0)
+    result = Estimate.of(measured, known(sizes), chosen, 0)
     shares = {name: result.share(name) for name in measured}
     assert shares["videos_kept"].value + shares["videos_dropped"].value == NUM_SOURCES
     assert shares["loss segment: too_short"] == shares["videos_dropped"]
@@ -158,7 +159,7 @@ def test_shares_of_the_outcomes_add_up_whatever_the_sizes():
 
 
 def test_what_happened_to_none_or_all_may_yet_happen():
-    chosen = module._draw(NUM_SOURCES, 20, 0)
+    chosen = draw(NUM_SOURCES, 20, 0)
     # With 0 of 20 seen, shares above 1 - 0.05 ** (1 / 20) = 13.9 % are out of the question.
     doubt = pytest.approx(380 * 0.1391, rel=1e-3)
     none = estimate(np.zeros(NUM_SOURCES), chosen).share("cost")
@@ -175,21 +176,21 @@ def test_what_happened_to_none_or_all_may_yet_happen():
 @pytest.mark.parametrize(("count", "t"), [(4, 2.353), (10, 1.833), (30, 1.699), (1000, 1.646)])
 def test_ranges_of_few_are_as_wide_as_students_t(count, t):
     expected = t / 1.645 * math.sqrt(count / (count - 1))
-    assert module._widening(count) == pytest.approx(expected, rel=0.03)
+    assert bootstrap._widening(count) == pytest.approx(expected, rel=0.03)
 
 
 def test_a_draw_is_repeatable_and_another_seed_draws_others():
-    draw = module._draw(1000, 20, 5)
-    assert draw == module._draw(1000, 20, 5) == sorted(set(draw))
-    assert draw != module._draw(1000, 20, 6)
-    assert module._draw(3, 20, 5) == [0, 1, 2]
+    drawn = draw(1000, 20, 5)
+    assert drawn == draw(1000, 20, 5) == sorted(set(drawn))
+    assert drawn != draw(1000, 20, 6)
+    assert draw(3, 20, 5) == [0, 1, 2]
 
 
 def test_sizes_count_where_every_source_has_one(tmp_path):
     def read(*rows):
         table = pa.Table.from_pylist(list(rows), schema=TODO_SCHEMA)
         pq.write_table(table, tmp_path / "todo.parquet")
-        return module._Sources.read(tmp_path / "todo.parquet")
+        return Sources.read(tmp_path / "todo.parquet")
 
     span = {"start_ms": 1000, "end_ms": 4000}
     a = {"source": "a", "file_bytes": 10, "spans": [span, span]}
@@ -224,7 +225,7 @@ def speed(num_cpus, num_gpus=0.0, gpu=0.0, **resources):
             ),
         ),
     )
-    return module._Speed(plan_pools(stages, num_cpus, num_gpus), num_cpus, num_gpus)
+    return ClusterTime(plan_pools(stages, num_cpus, num_gpus), num_cpus, num_gpus)
 
 
 def test_the_slowest_of_cores_gpus_and_actors_decides():
@@ -327,7 +328,7 @@ def test_a_larger_cluster_takes_less_time_and_as_much_work(engine, sources):
 
 
 def test_a_plan_leaves_nothing_behind(engine, sources, tmp_path, monkeypatch):
-    monkeypatch.setattr(module.tempfile, "tempdir", str(tmp_path / "tmp"))
+    monkeypatch.setattr(sample_run.tempfile, "tempdir", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()
     plan_of(sources, corpus_url=str(tmp_path / "corpus"))
     assert list((tmp_path / "tmp").iterdir()) == []
