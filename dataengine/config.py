@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError
 
 from dataengine.errors import ConfigError
 from dataengine.lists import LIST_SUFFIXES, SourceSettings, is_list
-from dataengine.prompts import prompt_sha256
+from dataengine.prompts import prompt_files, prompt_sha256
 from dataengine.stage import Settings, Stage
 from dataengine.stages import STAGES
 
@@ -66,12 +66,7 @@ class Pipeline:
 
     def prompt_hashes(self) -> dict[str, str]:
         """Returns the SHA-256 of every prompt file that a stage's settings name."""
-        files = {
-            value
-            for _, config in self.stages
-            for value in _strings(config.model_dump(mode="json"))
-            if value.startswith("prompts/")
-        }
+        files = {file for _, config in self.stages for file in prompt_files(config)}
         return {file: prompt_sha256(file) for file in sorted(files)}
 
     def resolved(self) -> str:
@@ -264,17 +259,6 @@ def _meaning(settings: Settings) -> dict[str, Any]:
         if isinstance(value, Settings):
             values[name] = _meaning(value)
     return values
-
-
-def _strings(value: object) -> list[str]:
-    """Returns every text inside nested lists and mappings."""
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value, Mapping):
-        return [text for item in value.values() for text in _strings(item)]
-    if isinstance(value, list | tuple):
-        return [text for item in value for text in _strings(item)]
-    return []
 
 
 def _did_you_mean(name: object, known: Any) -> str:

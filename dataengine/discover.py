@@ -26,8 +26,7 @@ from dataengine.actions import parse_json
 from dataengine.corpus import Corpus
 from dataengine.errors import ConfigError, EngineError
 from dataengine.fetch.faults import FetchError
-from dataengine.fetch.pages import _Downloader as PoliteDownloader
-from dataengine.fetch.pages import classify
+from dataengine.fetch.pages import PoliteDownloader, classify
 from dataengine.fetch.session import Visit
 from dataengine.fetch.settings import FetchSettings
 from dataengine.models.answers import Failure

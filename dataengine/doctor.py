@@ -28,8 +28,7 @@ from dataengine.errors import EngineError
 from dataengine.needs import Endpoint, Package, Weights
 from dataengine.pools import Pool, StageSpec, plan_pools
 from dataengine.prefetch import FETCH_HINT, Found, find, label, needs_of, size_text
-from dataengine.prompts import prompt_sha256
-from dataengine.stage import Settings
+from dataengine.prompts import prompt_files, prompt_sha256
 from dataengine.stages.download import DownloadStage
 
 ENGINE = "engine"
@@ -112,7 +111,7 @@ def examine(
                     findings.append(_guarded(_weights, cls.name, need))
                 case Endpoint():
                     findings.append(_endpoint_finding(cls.name, need, answers[need]))
-        findings += [_guarded(_prompt, cls.name, file) for file in _prompt_files(config)]
+        findings += [_guarded(_prompt, cls.name, file) for file in prompt_files(config)]
     findings += _devices_findings(pipeline.stages, address)
     findings += _disk_findings(pipeline, corpus)
     return findings
@@ -170,19 +169,6 @@ def _weights(stage: str, need: Weights) -> Finding:
         detail = f"{size_text(state.num_bytes)} in {state.path}"
         return Finding(stage, "weights", label(need), "ok", detail)
     return Finding(stage, "weights", label(need), "missing", state.why, state.hint)
-
-
-def _prompt_files(settings: Settings) -> list[str]:
-    """Returns the prompt files that settings name, nested ones as well."""
-
-    def walk(value: object) -> list[str]:
-        if isinstance(value, str):
-            return [value] if value.startswith("prompts/") else []
-        if isinstance(value, dict):
-            return [file for item in value.values() for file in walk(item)]
-        return [file for item in value for file in walk(item)] if isinstance(value, list) else []
-
-    return list(dict.fromkeys(walk(settings.model_dump(mode="json"))))
 
 
 def _prompt(stage: str, file: str) -> Finding:

@@ -21,13 +21,13 @@ and its user reads it with ``load_prompt(config.prompt, VARIABLES)``. What comes
 import hashlib
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import GetCoreSchemaHandler
+from pydantic import BaseModel, GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
 from dataengine.errors import ConfigError
@@ -119,6 +119,30 @@ def load_prompt(file: str, variables: Variables) -> Prompt:
     return Prompt(
         {name: texts[name].strip() for name in variables}, hashlib.sha256(data).hexdigest()
     )
+
+
+def prompt_files(settings: BaseModel) -> list[str]:
+    """Returns the prompt files that settings name, wherever they lie, nested settings' as well.
+
+    They are known by the `PromptFile` of their field, not by how they are called.
+    """
+    files: list[str] = []
+    for name, field in type(settings).model_fields.items():
+        value = getattr(settings, name)
+        if any(isinstance(mark, PromptFile) for mark in field.metadata) and value is not None:
+            files.append(value)
+        else:
+            files += _nested_files(value)
+    return list(dict.fromkeys(files))
+
+
+def _nested_files(value: object) -> list[str]:
+    if isinstance(value, BaseModel):
+        return prompt_files(value)
+    items = value.values() if isinstance(value, Mapping) else value
+    if isinstance(items, str) or not isinstance(items, Iterable):
+        return []
+    return [file for item in items for file in _nested_files(item)]
 
 
 def prompt_sha256(file: str) -> str:

@@ -1,12 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
+import hashlib
+import re
 from pathlib import Path
+from typing import Annotated
 
 import pytest
+from pydantic import Field
 
 from dataengine.config import load_pipeline, parse_pipeline
 from dataengine.errors import ConfigError
 from dataengine.models.fusion import LLM_VARIABLES, TEMPLATE_VARIABLES
-from dataengine.prompts import as_data, data_marker, load_prompt, one_line
+from dataengine.prompts import (
+    PromptFile,
+    as_data,
+    data_marker,
+    load_prompt,
+    one_line,
+    prompt_files,
+)
+from dataengine.stage import Settings
 
 PROJECT = Path(__file__).parent.parent
 
@@ -43,6 +55,52 @@ def test_a_changed_prompt_changes_the_pipeline(tmp_path, monkeypatch):
     assert len(before.prompt_hashes()["prompts/fuse_template.v1.yaml"]) == 64
     (tmp_path / "prompts" / "fuse_template.v1.yaml").write_text(text.replace("says", "said"))
     assert load_pipeline(pipeline).fingerprint != fingerprint
+
+
+def test_a_users_own_prompt_is_hashed_wherever_it_lies(tmp_path):
+    mine = tmp_path / "my words.yaml"
+    text = (PROJECT / "prompts" / "fuse_template.v1.yaml").read_text()
+    mine.write_text(text)
+    overrides = [f"stages.fuse.model={{kind: template, template: '{mine}'}}"]
+    pipeline = PROJECT / "pipelines" / "quickstart.yaml"
+    before = load_pipeline(pipeline, overrides)
+    fingerprint, hashes = before.fingerprint, before.prompt_hashes()
+    assert hashes[str(mine)] == hashlib.sha256(mine.read_bytes()).hexdigest()
+    mine.write_text(text.replace("says", "said"))
+    after = load_pipeline(pipeline, overrides)
+    assert after.prompt_hashes()[str(mine)] != hashes[str(mine)]
+    assert after.fingerprint != fingerprint
+
+
+def test_a_prompt_deep_inside_settings_is_found(tmp_path):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("hello: 'Hi {name}'\n")
+
+    class Inner(Settings):
+        prompt: Annotated[str, PromptFile({"hello": {"name"}})]
+        title: str = "prompts/only a text"
+
+    class Outer(Settings):
+        one: Inner
+        some: tuple[Inner, ...] = ()
+        named: dict[str, Inner] = Field(default_factory=dict)
+
+    (tmp_path / "other.yaml").write_text("hello: 'Ho {name}'\n")
+    inner, other = {"prompt": str(mine)}, {"prompt": str(tmp_path / "other.yaml")}
+    assert prompt_files(Outer.model_validate({"one": inner, "some": [other]})) == [
+        str(mine), other["prompt"],
+    ]  # fmt: skip
+    assert prompt_files(Outer.model_validate({"one": inner, "named": {"x": other}})) == [
+        str(mine), other["prompt"],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "path", sorted((PROJECT / "pipelines").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_every_prompt_of_the_pipelines_is_found(path):
+    pipeline = load_pipeline(path)
+    assert set(pipeline.prompt_hashes()) == set(re.findall(r"prompts/[\w.]+", pipeline.resolved()))
 
 
 def test_braces_are_text_unless_they_hold_a_name(tmp_path):
@@ -148,8 +206,6 @@ def test_a_marker_is_in_no_text_and_the_same_every_time():
 
 
 def test_a_marker_that_is_in_a_text_is_not_taken(monkeypatch):
-    import hashlib
-
     real, made = hashlib.sha256, []
 
     def first_is_known(data):

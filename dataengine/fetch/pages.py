@@ -319,10 +319,10 @@ def _downloader(visit: Visit) -> Any:
         "color": "never",
         "logger": _Silent(),
     }
-    return _Downloader(visit, options)
+    return PoliteDownloader(visit, options)
 
 
-class _Downloader(yt_dlp.YoutubeDL):
+class PoliteDownloader(yt_dlp.YoutubeDL):
     """YoutubeDL whose requests all go through the polite adapter."""
 
     def __init__(self, visit: Visit, options: Any) -> None:

@@ -23,6 +23,7 @@ from pydantic import Field
 from dataengine.media import jpeg_decode
 from dataengine.models.aesthetics import AestheticsConfig, load_head
 from dataengine.models.answers import Failure
+from dataengine.models.captioner import spread
 from dataengine.models.clip import (
     ClipScorer,
     ClipScorerConfig,
@@ -44,15 +45,6 @@ CaptionColumn = Literal[
 
 BAD_FRAMES = "bad_frames"
 """Drop reason: a clip with a frame that is not a JPEG."""
-
-
-def spread(num_items: int, num_wanted: int) -> list[int]:
-    """Returns up to ``num_wanted`` indices spread evenly over ``num_items``, in order.
-
-    Each is the middle of an equal part: 8 items, 4 wanted: 1, 3, 5, 7.
-    """
-    num = min(num_items, num_wanted)
-    return [int((index + 0.5) * num_items / num) for index in range(num)]
 
 
 def draw_frame(clip_id: str, num_frames: int, seed: int) -> int:
