@@ -13,15 +13,24 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field
 
 from dataengine.errors import ConfigError
 from dataengine.models.answers import BAD_OUTPUT, Failure
 from dataengine.models.llm import LanguageModel, Request
+from dataengine.models.validate import Answer, parse_object
 from dataengine.phrases import FUNCTION_WORDS, phrase_stems, plain_phrase, word_stem
-from dataengine.prompts import load_prompt
+from dataengine.prompts import (
+    Prompt,
+    PromptFile,
+    as_data,
+    data_block,
+    data_marker,
+    load_prompt,
+    one_line,
+)
 from dataengine.queries import Label
 from dataengine.records import digest
 from dataengine.stage import Settings
@@ -40,10 +49,22 @@ _REFUSAL = re.compile(
 _SENTENCE_END = re.compile(r"[.!?\u3002\uff01\uff1f]\s*")
 
 
+PROMPT_VARIABLES = {"system": set(), "user": {"text", "most"}}
+"""Texts of the prompt file and their variables."""
+
+
+class ActionsAnswer(Answer):
+    """What the model is asked for."""
+
+    actions: list[str]
+
+
 class ExtractSettings(Settings):
     """How phrases are extracted."""
 
-    prompt: str = "prompts/extract_actions.v1.yaml"
+    prompt: Annotated[str, PromptFile(PROMPT_VARIABLES)] = Field(
+        default="prompts/extract_actions.v1.yaml", validate_default=True
+    )
     max_chars: int = Field(default=2000, ge=100)
     """Longest piece of text in one question, in characters."""
     max_phrases: int = Field(default=20, ge=1)
@@ -109,7 +130,8 @@ def _document(path: Path, number: int, line: str, field: str) -> str:
         raise ConfigError(f"{path}, line {number}: not JSON ({error})") from None
     if not isinstance(row, dict) or not isinstance(row.get(field), str):
         raise ConfigError(f"{path}, line {number}: no text in {field}", "name it by --text-field")
-    return row[field].strip()
+    # JSON can spell halves of characters, which no file can hold.
+    return row[field].encode("utf-8", "replace").decode().strip()
 
 
 def pieces(name: str, documents: Iterable[tuple[int, str]], max_chars: int) -> Iterator[Piece]:
@@ -143,30 +165,28 @@ def split_text(text: str, max_chars: int) -> Iterator[str]:
 
 
 def answer_schema(most: int) -> dict[str, Any]:
-    """Returns the JSON schema of an answer."""
-    actions = {"type": "array", "items": {"type": "string"}, "maxItems": most}
-    return {
-        "type": "object",
-        "properties": {"actions": actions},
-        "required": ["actions"],
-        "additionalProperties": False,
-    }
+    """Returns the JSON schema of an answer with at most so many phrases."""
+    schema = ActionsAnswer.model_json_schema()
+    schema["properties"]["actions"]["maxItems"] = most
+    return schema
 
 
-def parse_json(answer: str, key: str) -> Any:
-    """Returns the value of ``key`` of the JSON object in an answer, whatever stands around it.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    begin, end = answer.find("{"), answer.rfind("}")
-    try:
-        content = json.loads(answer[begin : end + 1]) if begin >= 0 else None
-    except RecursionError:
-        content = None
-    if not isinstance(content, dict) or key not in content:
-        raise ValueError(f"no JSON object with {key}: {answer[:80]!r}")
-    return content[key]
+def question(number: int, piece: Piece, prompt: Prompt, settings: ExtractSettings) -> Request:
+    """Returns what a model is asked about a piece: its text is data, one document a line."""
+    lines = [as_data(line, settings.max_chars) for line in piece.text.split("\n")]
+    text = "\n".join(lines)
+    return Request(
+        id=f"piece-{number}",
+        input_hash=digest(text),
+        prompt=prompt.render(
+            "user",
+            text=data_block("text", text, data_marker(lines)),
+            most=str(settings.max_phrases),
+        ),
+        system=prompt.texts["system"],
+        schema=answer_schema(settings.max_phrases),
+        max_tokens=settings.max_tokens,
+    )
 
 
 def check_phrase(phrase: str, text_stems: frozenset[str], settings: ExtractSettings) -> str:
@@ -188,27 +208,26 @@ def check_phrase(phrase: str, text_stems: frozenset[str], settings: ExtractSetti
     return "" if content and grounded else NOT_IN_TEXT
 
 
-def phrases_of(answer: str | Failure, piece: Piece, settings: ExtractSettings) -> list[Label]:
+def phrases_of(
+    answer: str | Failure, piece: Piece, settings: ExtractSettings
+) -> list[Label] | Failure:
     """Returns the phrases of one answer, those that are no queries with the reason.
 
-    Raises:
-        ValueError: If the answer is not what was asked for.
+    Or why there are none: the model's own `Failure`, or an answer that is not what was asked for.
     """
-    if isinstance(answer, Failure):
-        raise ValueError(answer.reason)
-    found = parse_json(answer, "actions")
-    if not isinstance(found, list) or not all(isinstance(phrase, str) for phrase in found):
-        raise ValueError(f"no list of texts: {answer[:80]!r}")
+    found = answer if isinstance(answer, Failure) else parse_object(answer, ActionsAnswer)
+    if isinstance(found, Failure):
+        return found
     words = plain_phrase(piece.text).split() + re.findall(r"[^\W_]+", piece.text.lower())
     stems = frozenset(word_stem(word.removesuffix("'s")) for word in words)
     return [
         Label(
             piece.input,
             piece.line,
-            phrase,
+            one_line(phrase),
             TOO_MANY if number >= settings.max_phrases else check_phrase(phrase, stems, settings),
         )
-        for number, phrase in enumerate(found)
+        for number, phrase in enumerate(found.actions)
     ]
 
 
@@ -222,32 +241,23 @@ def extract_actions(
     Raises:
         EngineError: If no piece can be answered, because the model is away.
     """
-    prompt = load_prompt(settings.prompt, {"system": set(), "user": {"text", "most"}})
-    schema = answer_schema(settings.max_phrases)
+    prompt = load_prompt(settings.prompt, PROMPT_VARIABLES)
     labels: list[Label] = []
     failed: Counter[str] = Counter()
     for start in range(0, len(parts), settings.questions_per_call):
         group = parts[start : start + settings.questions_per_call]
         requests = [
-            Request(
-                id=f"piece-{start + number}",
-                input_hash=digest(piece.text),
-                prompt=prompt.render("user", text=piece.text, most=str(settings.max_phrases)),
-                system=prompt.texts["system"],
-                schema=schema,
-                max_tokens=settings.max_tokens,
-            )
-            for number, piece in enumerate(group)
+            question(start + number, piece, prompt, settings) for number, piece in enumerate(group)
         ]
         answers = model.answer(requests)
         for request, piece in zip(requests, group, strict=True):
             answer = answers.get(request.id, Failure(BAD_OUTPUT, "no answer"))
-            try:
-                labels += phrases_of(answer, piece, settings)
-            except ValueError as error:
-                reason = answer.reason if isinstance(answer, Failure) else BAD_OUTPUT
-                failed[reason] += 1
-                logger.warning("%s, line %d: %s (%s)", piece.input, piece.line, reason, error)
+            found = phrases_of(answer, piece, settings)
+            if isinstance(found, Failure):
+                failed[found.reason] += 1
+                logger.warning("%s, line %d: %s", piece.input, piece.line, found)
+            else:
+                labels += found
         logger.info("%d of %d pieces of text", start + len(group), len(parts))
     notes = {
         "model": model.model,

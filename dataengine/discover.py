@@ -2,8 +2,9 @@
 """Queries x languages -> a list of videos that ``dataengine ingest`` takes (InternVid section 3.1).
 
 Each query is searched for once in each language, through yt-dlp's search, which asks for no video's
-page. Every finished search is a line of ``<output>.searches.jsonl``; the list is made from these lines,
-so a search that was stopped goes on where it was, and other rules for the list need no new search.
+page. Every search, finished or failed, is a line of ``<output>.searches.jsonl``; the list is made from
+these lines, so a search that was stopped goes on where it was, and other rules for the list need no
+new search.
 """
 
 import fcntl
@@ -15,24 +16,38 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Annotated, Any, BinaryIO
 
 import requests
 from pydantic import Field
 from yt_dlp.utils import YoutubeDLError
 
 from dataengine import lists, records
-from dataengine.actions import parse_json
 from dataengine.corpus import Corpus
 from dataengine.errors import ConfigError, EngineError
 from dataengine.fetch.faults import FetchError
 from dataengine.fetch.pages import PoliteDownloader, classify
 from dataengine.fetch.session import Visit
 from dataengine.fetch.settings import FetchSettings
-from dataengine.models.answers import Failure
+from dataengine.models.answers import BAD_OUTPUT, Failure
 from dataengine.models.llm import LanguageModel, Request
+from dataengine.models.validate import (
+    Answer,
+    echo_problem,
+    parse_object,
+    refusal_problem,
+    repetition_problem,
+)
 from dataengine.plan import exclusion_keys
-from dataengine.prompts import load_prompt
+from dataengine.prompts import (
+    PromptFile,
+    as_data,
+    data_block,
+    data_marker,
+    load_prompt,
+    one_line,
+    prompt_sha256,
+)
 from dataengine.queries import replace_file
 from dataengine.records import digest
 from dataengine.stage import Settings
@@ -44,6 +59,7 @@ LEAVE_ALONE = frozenset({"http_429", "bot_check"})
 EXCLUDED, TOO_SHORT, TOO_LONG, LIVE = "excluded", "too_short", "too_long", "live"
 """Why a video that was found is not on the list."""
 _MOST_FAILURES = 5
+_MOST_QUERY_CHARS = 300
 _TRANSLATED_TOGETHER = 64
 _FACTS = ("title", "duration", "channel", "channel_id", "live_status")
 _ENGLISH = {
@@ -53,6 +69,16 @@ _ENGLISH = {
     "zh": "Chinese",
 }  # fmt: skip
 """What a model is told to translate into; other languages are named by their code."""
+
+
+PROMPT_VARIABLES = {"system": set(), "user": {"query", "language"}}
+"""Texts of the prompt file and their variables."""
+
+
+class QueryAnswer(Answer):
+    """What a model is asked for."""
+
+    query: str
 
 
 class DiscoverSettings(Settings):
@@ -72,7 +98,9 @@ class DiscoverSettings(Settings):
     """Search results tell no height: noted for the download stage (as there)."""
     max_height: int = Field(default=720, ge=1)
     """The same."""
-    prompt: str = "prompts/translate_query.v1.yaml"
+    prompt: Annotated[str, PromptFile(PROMPT_VARIABLES)] = Field(
+        default="prompts/translate_query.v1.yaml", validate_default=True
+    )
     fetch: FetchSettings = FetchSettings(
         sleep_interval_s=2.0, max_sleep_interval_s=5.0, fetch_timeout_s=600.0
     )
@@ -153,6 +181,8 @@ def ask(search: Search, settings: DiscoverSettings) -> list[dict[str, Any]]:
         raise
     except (YoutubeDLError, requests.RequestException, OSError) as error:
         raise classify(error) from None
+    except Exception as error:  # noqa: BLE001 - what a site answers must not end in a traceback
+        raise FetchError("download_failed", f"{type(error).__name__}: {error}") from None
     return [
         {"id": entry["id"], **{name: entry.get(name) for name in _FACTS}}
         for entry in found
@@ -172,116 +202,149 @@ def translate(
     ]
     words: dict[tuple[str, str], str] = {}
     if model is not None and foreign:
-        prompt = load_prompt(settings.prompt, {"system": set(), "user": {"query", "language"}})
-        schema = {
-            "type": "object",
-            "properties": {"query": {"type": "string"}},
-            "required": ["query"],
-            "additionalProperties": False,
-        }
-        asked = {
-            f"query-{number}": (pair, prompt.render(
-                "user", query=pair[0], language=_ENGLISH.get(pair[1].split("-")[0], pair[1])
-            ))
-            for number, pair in enumerate(foreign)
-        }  # fmt: skip
-        answers = model.answer(
-            [
+        prompt = load_prompt(settings.prompt, PROMPT_VARIABLES)
+        requests = []
+        for number, (query, language) in enumerate(foreign):
+            data = as_data(query, _MOST_QUERY_CHARS)
+            text = prompt.render(
+                "user",
+                query=data_block("query", data, data_marker([data])),
+                language=_ENGLISH.get(language.split("-")[0], language),
+            )
+            requests.append(
                 Request(
-                    id=name,
-                    input_hash=digest(*pair),
+                    id=f"query-{number}",
+                    input_hash=digest(query, language),
                     prompt=text,
                     system=prompt.texts["system"],
-                    schema=schema,
+                    schema=QueryAnswer.model_json_schema(),
                     max_tokens=96,
                 )
-                for name, (pair, text) in asked.items()
-            ]
-        )
-        for name, (pair, _) in asked.items():
-            try:
-                words[pair] = _translation(answers.get(name), pair[0])
-            except ValueError as error:
-                logger.warning("%s is not translated into %s: %s", *pair, error)
+            )
+        answers = model.answer(requests)
+        for request, pair in zip(requests, foreign, strict=True):
+            found = translation(answers.get(request.id), pair[0], prompt.sentences())
+            if isinstance(found, Failure):
+                logger.warning("%s is not translated into %s: %s", *pair, found)
+            else:
+                words[pair] = found
     return [
         Search(query, language, words.get((query, language), query)) for query, language in pairs
     ]
 
 
-def _translation(answer: str | Failure | None, query: str) -> str:
-    """Returns a translation that can be searched for.
+def translation(
+    answer: str | Failure | None, query: str, sentences: Sequence[str]
+) -> str | Failure:
+    """Returns a translation that can be searched for, or why an answer is none.
 
-    Raises:
-        ValueError: If it is none.
+    Args:
+        answer: Of the model.
+        query: What was to be translated.
+        sentences: The prompt's own, which no query repeats.
     """
     if not isinstance(answer, str):
-        raise ValueError(answer.reason if answer else "no answer")
-    text = parse_json(answer, "query")
-    words = " ".join(text.split()) if isinstance(text, str) else ""
+        return answer or Failure(BAD_OUTPUT, "no answer")
+    found = parse_object(answer, QueryAnswer)
+    if isinstance(found, Failure):
+        return found
+    words = one_line(found.query)
     # Scripts differ in length, but no translation of a few words is a paragraph.
-    if not words or len(words) > 40 + 4 * len(query):
-        raise ValueError(f"not a query: {answer[:80]!r}")
-    return words
+    if not any(map(str.isalnum, words)) or len(words) > 40 + 4 * len(query):
+        return Failure(BAD_OUTPUT, f"not a query: {words[:80]!r}")
+    problem = refusal_problem(words) or echo_problem(words, sentences) or repetition_problem(words)
+    return problem or words
 
 
 # ----------------------------------------------------------------------------------------- journal
 
 
+@dataclass
+class Journal:
+    """The searches of one list, finished and failed, and the file that more are written to.
+
+    Attributes:
+        file: Opened and locked.
+        finished: (query, language) -> its line: query, language, words, results.
+        num_failures: (query, language) -> how often it failed before.
+    """
+
+    file: BinaryIO
+    finished: dict[tuple[str, str], dict[str, Any]]
+    num_failures: Counter[tuple[str, str]]
+
+    def add(self, search: Search, **outcome: Any) -> None:
+        """Writes down, for good, what came of a search: ``results``, or the class of an ``error``."""
+        row = {"query": search.query, "language": search.language, "words": search.words, **outcome}
+        _append(self.file, row)
+        self._note(row)
+
+    def _note(self, row: dict[str, Any]) -> None:
+        pair = row["query"], row["language"]
+        if "error" in row:
+            self.num_failures[pair] += 1
+        elif isinstance(row["words"], str) and isinstance(row["results"], list):
+            self.finished[pair] = row
+        else:
+            raise TypeError
+
+    def read(self, path: Path, settings: DiscoverSettings) -> None:
+        """Reads what is there; a line that was half written when the machine stopped is cut off.
+
+        Raises:
+            ConfigError: If it is of searches for another number of results, or no journal.
+        """
+        whole = 0
+        for number, line in enumerate(self.file, 1):
+            if not line.endswith(b"\n"):
+                break
+            whole += len(line)
+            try:
+                row = json.loads(line)
+                if number > 1:
+                    self._note(row)
+                    continue
+                per_query = row["per_query"]
+            except (ValueError, TypeError, KeyError, RecursionError):
+                raise ConfigError(
+                    f"Not a journal of searches: {path}, line {number}",
+                    "name another output" if number == 1 else "remove this line, and run again",
+                ) from None
+            if per_query != settings.per_query:
+                raise ConfigError(
+                    f"{path} holds searches for {per_query} results each, not {settings.per_query}",
+                    f"give --per-query {per_query}, or another --output",
+                )
+        self.file.seek(whole)
+        self.file.truncate()
+        if whole == 0:
+            _append(self.file, {"per_query": settings.per_query})
+
+
 @contextmanager
-def _journal(path: Path, settings: DiscoverSettings) -> Iterator[TextIO]:
+def open_journal(path: Path, settings: DiscoverSettings) -> Iterator[Journal]:
     """Opens the searches done so far for more, for this process alone.
 
     Raises:
-        ConfigError: If another process has it open, or it is of searches for another number of results.
+        ConfigError: If another process has it open, or it is not of this list.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+", encoding="utf-8") as file:
+    with open(path, "a+b") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ConfigError(f"Another process is searching for the same list: {path}") from None
         file.seek(0)
-        whole = 0
-        for number, line in enumerate(iter(file.readline, "")):
-            if not line.endswith("\n"):
-                break  # the machine stopped while it was written
-            whole = file.tell()
-            if number == 0:
-                _check_header(path, line, settings)
-        file.seek(whole)
-        file.truncate()
-        if whole == 0:
-            _append(file, {"per_query": settings.per_query})
-        yield file
+        journal = Journal(file, {}, Counter())
+        journal.read(path, settings)
+        yield journal
 
 
-def _check_header(path: Path, line: str, settings: DiscoverSettings) -> None:
-    try:
-        per_query = json.loads(line)["per_query"]
-    except (ValueError, TypeError, KeyError):
-        raise ConfigError(f"Not a journal of searches: {path}", "name another output") from None
-    if per_query != settings.per_query:
-        raise ConfigError(
-            f"{path} holds searches for {per_query} results each, not {settings.per_query}",
-            f"give --per-query {per_query}, or another --output",
-        )
-
-
-def _append(file: TextIO, row: Mapping[str, Any]) -> None:
-    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+def _append(file: BinaryIO, row: Mapping[str, Any]) -> None:
+    # Titles may hold halves of characters.
+    file.write((json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
     file.flush()
     os.fsync(file.fileno())
-
-
-def finished_searches(path: Path) -> Iterator[dict[str, Any]]:
-    """Yields the finished searches: query, language, words, results."""
-    if not path.exists():
-        return
-    with open(path, encoding="utf-8") as file:
-        next(file, None)
-        for line in file:
-            if line.endswith("\n"):
-                yield json.loads(line)
 
 
 # -------------------------------------------------------------------------------------------- list
@@ -398,35 +461,17 @@ def discover(
     excluded = excluded_ids(exclude)
     pairs = [(query, language) for query in queries for language in settings.languages]
     wanted = {pair: place for place, pair in enumerate(dict.fromkeys(pairs))}
-    journal = output.with_name(f"{output.name}.searches.jsonl")
-    with _journal(journal, settings) as file:
-        done = {(search["query"], search["language"]) for search in finished_searches(journal)}
-        missing = [pair for pair in wanted if pair not in done]
-        stopped = _search_all(
-            missing, len(wanted), file, settings, translator, client, progress or (lambda *_: None)
-        )
-        finished = list(finished_searches(journal))
-        rows, refused = make_list(finished, wanted, excluded, settings)
-        ended = [s for s in finished if (s["query"], s["language"]) in wanted]
-        record = {
-            "num_videos": len(rows),
-            "num_searches": len(wanted),
-            "num_finished": len(ended),
-            "num_translated": sum(search["words"] != search["query"] for search in ended),
-            "num_results": sum(len(search["results"]) for search in ended),
-            "left_out": dict(sorted(refused.items())),
-            "ingest_set": settings.download_overrides(),
-            "translator": None
-            if translator is None
-            else {"model": translator.model, "revision": translator.revision},
-            "settings": settings.model_dump(mode="json", exclude={"fetch"}),
-        }
-        replace_file(output, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
-        text = json.dumps(record, indent=2, ensure_ascii=False, sort_keys=True)
-        replace_file(output.with_name(f"{output.name}.json"), text + "\n")
+    path = output.with_name(f"{output.name}.searches.jsonl")
+    with open_journal(path, settings) as journal:
+        try:
+            stopped = _search_all(
+                wanted, journal, settings, translator, client, progress or (lambda *_: None)
+            )
+        finally:  # also when the translator is away, or somebody presses Ctrl-C
+            record = _write_list(output, journal, wanted, excluded, settings, translator)
     if stopped is not None:
         raise EngineError(
-            f"{len(ended):,} of {len(wanted):,} searches are done, the last failure was "
+            f"{record['num_finished']:,} of {len(wanted):,} searches are done, the last failure was "
             f"{stopped.reason} ({stopped.detail})",
             f"{output} holds what was found; the same command goes on with what is missing"
             + ("; wait some hours first" if stopped.reason in LEAVE_ALONE else ""),
@@ -434,41 +479,77 @@ def discover(
     return record
 
 
+def _write_list(
+    output: Path,
+    journal: Journal,
+    wanted: Mapping[tuple[str, str], int],
+    excluded: frozenset[str],
+    settings: DiscoverSettings,
+    translator: LanguageModel | None,
+) -> dict[str, Any]:
+    """Writes the list of all that was found so far, and returns what went into ``<output>.json``."""
+    ended = [journal.finished[pair] for pair in wanted if pair in journal.finished]
+    rows, refused = make_list(ended, wanted, excluded, settings)
+    record = {
+        "num_videos": len(rows),
+        "num_searches": len(wanted),
+        "num_finished": len(ended),
+        "num_translated": sum(search["words"] != search["query"] for search in ended),
+        "num_results": sum(len(search["results"]) for search in ended),
+        "num_without_results": sum(not search["results"] for search in ended),
+        "left_out": dict(sorted(refused.items())),
+        "ingest_set": settings.download_overrides(),
+        "translator": None
+        if translator is None
+        else {
+            "model": translator.model,
+            "revision": translator.revision,
+            "prompt_sha256": prompt_sha256(settings.prompt),
+        },
+        "settings": settings.model_dump(mode="json", exclude={"fetch"}),
+    }
+    replace_file(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    text = json.dumps(record, indent=2, ensure_ascii=False, sort_keys=True)
+    replace_file(output.with_name(f"{output.name}.json"), text + "\n")
+    return record
+
+
 def _search_all(
-    missing: Sequence[tuple[str, str]],
-    total: int,
-    journal: TextIO,
+    wanted: Iterable[tuple[str, str]],
+    journal: Journal,
     settings: DiscoverSettings,
     translator: LanguageModel | None,
     client: Client,
     progress: Callable[[int, int], None],
 ) -> FetchError | None:
-    """Searches and writes down; returns why it stopped before the end, None if it did not.
+    """Searches for what is missing; returns why it stopped before the end, None if it did not.
 
-    A fault leaves its search for the next run; several in a row stop this one.
+    A fault leaves its search for the next run, which comes to it last, so that a few searches that
+    never work do not keep others from being tried; several faults in a row stop this run.
     """
-    failures, num_done = 0, total - len(missing)
+    wanted = list(wanted)
+    missing = [pair for pair in wanted if pair not in journal.finished]
+    missing.sort(key=lambda pair: journal.num_failures[pair])
+    failures, num_done = 0, len(wanted) - len(missing)
     left: FetchError | None = None
-    progress(num_done, total)
+    progress(num_done, len(wanted))
     for start in range(0, len(missing), _TRANSLATED_TOGETHER):
         group = missing[start : start + _TRANSLATED_TOGETHER]
         for search in translate(group, translator, settings):
-            row: dict[str, Any] = {
-                "query": search.query, "language": search.language, "words": search.words,
-            }  # fmt: skip
             try:
-                row["results"] = client(search, settings)
-                failures = 0
+                results = client(search, settings)
             except FetchError as error:
                 logger.warning("%s (%s): %s", search.words, search.language, error)
                 if error.reason in LEAVE_ALONE:
                     return error
                 # No search is at fault by itself: whatever it is, the next run tries again.
+                journal.add(search, error=error.reason)
                 failures, left = failures + 1, error
                 if failures >= _MOST_FAILURES:
                     return error
                 continue
-            _append(journal, row)
+            failures = 0
+            journal.add(search, results=results)
             num_done += 1
-            progress(num_done, total)
+            progress(num_done, len(wanted))
     return left

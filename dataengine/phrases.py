@@ -6,6 +6,7 @@ algorithm for suffix stripping"), which undo -s, -ed and -ing and leave derivati
 table of irregular forms. English only: words of other scripts stay as they are.
 """
 
+import html
 import re
 import unicodedata
 from functools import lru_cache
@@ -48,17 +49,18 @@ children child, men man, women woman, people person, feet foot, teeth tooth, kni
 _IRREGULAR = {form: entry.split()[-1] for entry in _FORMS.split(",") for form in entry.split()[:-1]}
 
 _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
+_TAG = re.compile(r"<[/!]?[a-zA-Z][^<>]*>|<!--.*?-->")
 _UNCLASSIFIED = re.compile(r"[,;(]?\s*\bn\.\s?e\.\s?c\b\.?\s*\)?\s*\**", re.IGNORECASE)
 """How the American Time Use Survey marks leftovers: "Sports, n.e.c.*"."""
 
 
 def plain_phrase(label: str) -> str:
-    """Returns a label as a lower-case phrase without article, subject and punctuation before it.
+    """Returns a label as a lower-case phrase without markup, punctuation, and article and subject before it.
 
     ``ApplyEyeMakeup``, ``climb_stairs`` and ``Putting [something] on a table`` become words; "A man is
     riding a horse." becomes "riding a horse". Empty if nothing is left.
     """
-    text = unicodedata.normalize("NFKC", label)
+    text = _TAG.sub(" ", html.unescape(unicodedata.normalize("NFKC", label)))
     text = _UNCLASSIFIED.sub(" ", text).replace("\u2019", "'").replace("&", " and ")
     if not re.search(r"\s", text.strip()):
         text = _CAMEL.sub(" ", text)

@@ -7,6 +7,7 @@ none. The same input gives the same bytes.
 
 import csv
 import hashlib
+import io
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from rapidfuzz.distance import OSA
 
 from dataengine.errors import ConfigError
 from dataengine.phrases import phrase_stems, plain_phrase
+from dataengine.prompts import one_line
 from dataengine.stage import Settings
 
 KEPT, DUPLICATE, NEAR_DUPLICATE = "kept", "duplicate", "near_duplicate"
@@ -47,9 +49,11 @@ class MergeSettings(Settings):
 
     max_words: int = Field(default=12, ge=1)
     """Longer labels are sentences, which a search does not find."""
+    max_chars: int = Field(default=100, ge=1)
+    """The same, for scripts without blanks and for what is no words at all."""
     typo_letters: int = Field(default=7, ge=2)
-    """Words of at least so many letters that begin alike and differ by one letter (or by two that
-    changed places) are one word; shorter ones are often two (hair, chair)."""
+    """English words of at least so many letters that begin alike and differ by one letter (or by two
+    that changed places) are one word; shorter ones are often two (hair, chair)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,43 +99,51 @@ def read_labels(path: Path) -> Iterator[Label]:
     if path.suffix.lower() not in LABEL_SUFFIXES:
         raise ConfigError(f"Not a list of labels: {path}", f"known: {', '.join(LABEL_SUFFIXES)}")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(f"Not UTF-8: {path} ({error.reason})", "save the list as UTF-8") from None
     except OSError as error:
         raise ConfigError(f"Cannot be read: {path} ({error.strerror})") from None
     if path.suffix.lower() == ".txt":
-        yield from _numbered_labels(str(path), enumerate(text.splitlines(), 1))
+        # Lines as an editor counts them; splitlines() would also break at form feeds and the like.
+        yield from _numbered_labels(str(path), enumerate(io.StringIO(text, newline=None), 1))
     else:
         yield from _table_labels(str(path), text, "\t" if path.suffix.lower() == ".tsv" else ",")
 
 
 def _numbered_labels(name: str, lines: Iterable[tuple[int, str]]) -> Iterator[Label]:
-    there = [(number, line) for number, line in lines if line.strip() and line[0] != "#"]
+    there = [(number, line.strip()) for number, line in lines]
+    there = [(number, line) for number, line in there if line and line[0] != "#"]
     numbered = bool(there) and all(_NUMBERED.match(line) for _, line in there)
     for number, line in there:
-        yield Label(name, number, _NUMBERED.sub("", line, count=1) if numbered else line.strip())
+        yield Label(name, number, _NUMBERED.sub("", line, count=1) if numbered else line)
 
 
 def _table_labels(name: str, text: str, delimiter: str) -> Iterator[Label]:
-    reader = csv.reader(text.splitlines(), delimiter=delimiter)
+    # Strict: a quotation mark that is never closed would take the rest of the file for one label.
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
     except csv.Error as error:
-        raise ConfigError(f"{name}, line {reader.line_num}: {error}") from None
+        raise ConfigError(
+            f"{name}, line {reader.line_num}: {error}",
+            "a cell that holds a quotation mark stands in quotation marks, the mark doubled",
+        ) from None
     if not rows:
         return
     header = [cell.strip().lower() for cell in rows[0][1]]
-    column = next((header.index(word) for word in _LABEL_COLUMNS if word in header), None)
-    if column is None:
-        width = max(len(row) for _, row in rows)
-        letters = [
-            sum(character.isalpha() for _, row in rows if at < len(row) for character in row[at])
-            for at in range(width)
-        ]
-        column = letters.index(max(letters))
-    else:
+    named = [header.index(word) for word in _LABEL_COLUMNS if word in header]
+    if named:
         rows = rows[1:]
+    letters = [
+        sum(character.isalpha() for _, row in rows if at < len(row) for character in row[at])
+        for at in range(max((len(row) for _, row in rows), default=0))
+    ]
+    if not letters:
+        return
+    # "label" is often the number of the class, and "name" what it is called.
+    spoken = [at for at in named if at < len(letters) and letters[at]]
+    column = next(iter(spoken), letters.index(max(letters)))
     for number, row in rows:
         yield Label(name, number, row[column].strip() if column < len(row) else "")
 
@@ -145,7 +157,14 @@ def merge(labels: Sequence[Label], settings: MergeSettings) -> tuple[list[str], 
     The first of several near-duplicates stays, as it was written.
     """
     phrases = [plain_phrase(label.text) if not label.outcome else "" for label in labels]
-    stems = {phrase: phrase_stems(phrase) for phrase in phrases if phrase}
+    too_long = {
+        phrase
+        for phrase in phrases
+        if len(phrase) > settings.max_chars or len(phrase.split()) > settings.max_words
+    }
+    stems = {
+        phrase: phrase_stems(phrase) for phrase in phrases if phrase and phrase not in too_long
+    }
     spelling = one_spelling(stems.values(), settings.typo_letters)
     by_phrase: dict[str, str] = {}
     by_key: dict[str, str] = {}
@@ -156,7 +175,7 @@ def merge(labels: Sequence[Label], settings: MergeSettings) -> tuple[list[str], 
             pass
         elif not phrase:
             outcome = EMPTY
-        elif len(phrase.split()) > settings.max_words:
+        elif phrase in too_long:
             outcome = TOO_LONG
         elif phrase in by_phrase:
             outcome, query = DUPLICATE, by_phrase[phrase]
@@ -172,11 +191,19 @@ def merge(labels: Sequence[Label], settings: MergeSettings) -> tuple[list[str], 
 def one_spelling(stems: Iterable[Sequence[str]], letters: int) -> dict[str, str]:
     """Returns the rarer spelling -> the more frequent one, of long words that differ by a letter.
 
+    Only words of the letters a to z are compared: a character of Chinese is a word of its own, and
+    numbers that differ by a digit are two.
+
     Of equally frequent ones the first stays. Candidates are words that have a form in common after one
     letter is left out, so the work grows with the number of words, not with its square. A word that
     stands for others is never replaced itself.
     """
-    counts = Counter(word for words in stems for word in words if len(word) >= letters)
+    counts = Counter(
+        word
+        for words in stems
+        for word in words
+        if len(word) >= letters and word.isascii() and word.isalpha()
+    )
     # most_common keeps the order of appearance among equals.
     rank = {word: place for place, (word, _) in enumerate(counts.most_common())}
     shortened: dict[str, list[str]] = defaultdict(list)
@@ -237,10 +264,13 @@ def write_queries(
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Writes a text file so that it is there as a whole or not at all."""
+    """Writes a text file so that it is there as a whole or not at all.
+
+    Halves of characters, which sites and models do give, become question marks.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.part")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_bytes(text.encode("utf-8", "replace"))
     os.replace(temporary, path)
 
 
@@ -258,12 +288,13 @@ def read_queries(path: Path) -> list[str]:
         ConfigError: If it cannot be read or holds none.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ConfigError(f"Not UTF-8: {path} ({error.reason})") from None
     except OSError as error:
         raise ConfigError(f"Queries cannot be read: {path} ({error.strerror})") from None
-    queries = [" ".join(line.split()) for line in lines if line.strip() and line[0] != "#"]
+    queries = [one_line(line) for line in lines if not line.lstrip().startswith("#")]
+    queries = [query for query in queries if query]
     if not queries:
         raise ConfigError(f"No queries in {path}")
     return list(dict.fromkeys(queries))

@@ -222,7 +222,7 @@ class Translator:
             request.id: answer
             for request in reversed(requests)
             for word, answer in self.answers.items()
-            if f"Query: {word}" in request.prompt
+            if f"\n{word}\n" in request.prompt
         }
 
 

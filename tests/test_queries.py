@@ -235,7 +235,9 @@ def test_answers_belong_to_their_piece_and_failures_cost_one_piece():
     assert [(label.line, label.text) for label in found] == [
         (1, "chopping wood"), (4, "climbing trees"),
     ]  # fmt: skip
-    assert notes["failed_pieces"] == {"bad_output": 3, "timeout": 1}
+    assert notes["failed_pieces"] == {
+        "bad_output": 1, "not_json": 1, "timeout": 1, "wrong_fields": 1,
+    }  # fmt: skip
     assert (notes["num_pieces"], notes["model"], notes["revision"]) == (6, "fake", "7")
     assert len({request.id for request in model.requests}) == 6
     assert all(request.schema["required"] == ["actions"] for request in model.requests)
