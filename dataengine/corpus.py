@@ -7,6 +7,8 @@ The commit protocol, in the order of writing (each file appears whole under its 
     videos/<run>-<shard>.parquet     one row per source video that ended with this shard
     catalog/<shard>.parquet          the same clips without media: THE COMMIT
 
+    compacted/<snapshot>.json        optional: names merged copies of catalog files (`compact`)
+
 A shard or a videos part without its catalog twin is garbage, ignored by every reader and removed
 by the next writer. A shard holds whole videos only and is named by a hash of their ids and of the
 pipeline, so a task that runs twice overwrites itself. Hence a writer can be killed at any point
@@ -20,7 +22,7 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO, cast
@@ -40,6 +42,19 @@ _DROPS = "drops"
 
 class SupersededError(CorpusError):
     """Another run has taken the corpus over; this writer must not commit any more."""
+
+
+@dataclass(frozen=True)
+class CatalogPart:
+    """Catalog files that are read together.
+
+    Attributes:
+        files: Paths as the corpus' file system names them.
+        without: Shards whose rows in these files are out of date: they were written again or removed.
+    """
+
+    files: tuple[str, ...]
+    without: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -316,16 +331,86 @@ class Corpus:
             if _counts(name, committed)
         ]
 
-    def catalog_parts(self) -> list[str]:
-        """Returns the paths of the catalog's files."""
-        return [self.path("catalog", f"{name}.parquet") for name in self.names("catalog")]
+    def catalog_stamps(self) -> dict[str, str]:
+        """Returns every committed shard and what changes when its catalog file is replaced."""
+        if self.is_local:
+            with (
+                contextlib.suppress(FileNotFoundError),
+                os.scandir(self.path("catalog")) as entries,
+            ):
+                return {
+                    entry.name.removesuffix(".parquet"): _local_stamp(entry.stat())
+                    for entry in entries
+                    if entry.name.endswith(".parquet") and entry.name[0] != "."
+                }
+            return {}
+        try:
+            infos = self.fs.ls(self.path("catalog"), detail=True)
+        except FileNotFoundError:
+            return {}
+        names = {PurePosixPath(info["name"]).name: info for info in infos}
+        return {
+            name.removesuffix(".parquet"): _object_stamp(info)
+            for name, info in names.items()
+            if name.endswith(".parquet") and name[0] != "."
+        }
+
+    def catalog_parts(self, snapshot: str = "") -> list[CatalogPart]:
+        """Returns what makes up the catalog: merged files as far as they are up to date, then the rest.
+
+        Args:
+            snapshot: The catalog as it was when `compact` made this snapshot; empty: as it is now.
+
+        Raises:
+            CorpusError: If there is no such snapshot.
+        """
+        snapshots = self.names("compacted", ".json")
+        if snapshot and snapshot not in snapshots:
+            raise CorpusError(
+                f"No snapshot {snapshot} in {self.url}",
+                f"snapshots: {', '.join(snapshots) or 'none; dataengine compact makes one'}",
+            )
+        fresh = {} if snapshot else self.catalog_stamps()
+        parts: list[CatalogPart] = []
+        for segment in self.segments(snapshot or snapshots[-1]) if snapshots else ():
+            covered = self.covered(segment["name"])
+            old = set(segment["without"])
+            if not snapshot:
+                old |= {name for name, stamp in covered.items() if fresh.get(name) != stamp}
+            valid = covered.keys() - old
+            if valid:
+                fresh = {name: stamp for name, stamp in fresh.items() if name not in valid}
+                files = tuple(self.path("compacted", segment["name"], f) for f in segment["files"])
+                parts.append(CatalogPart(files, frozenset(old & covered.keys())))
+        if fresh:
+            files = tuple(self.path("catalog", f"{name}.parquet") for name in sorted(fresh))
+            parts.append(CatalogPart(files))
+        return parts
+
+    def segments(self, snapshot: str) -> list[dict[str, Any]]:
+        """Returns the merged pieces of a snapshot: ``name``, ``files``, ``without``, ``num_clips``."""
+        name = self.path("compacted", f"{snapshot}.json")
+        return json.loads(cast(bytes, self.fs.cat_file(name)))["segments"]
+
+    def covered(self, segment: str) -> dict[str, str]:
+        """Returns the shards that were merged into a segment, with their stamps of that time."""
+        with self.fs.open(self.path("compacted", segment, "shards.parquet"), "rb") as file:
+            table = pq.read_table(file)
+        return dict(zip(table["shard"].to_pylist(), table["stamp"].to_pylist(), strict=True))
 
     def catalog(self, columns: Sequence[str] | None = None) -> pa.Table:
-        """Returns the catalog, or some columns of it, in a stable order.
+        """Returns the catalog, or some columns of it.
 
         This holds the whole answer in memory: ask for few columns of a large corpus.
         """
-        return _read(self, self.catalog_parts(), self.catalog_schema, columns)
+        parts = [
+            _read(self, part.files, self.catalog_schema, columns, part.without)
+            for part in self.catalog_parts()
+        ]
+        empty = self.catalog_schema.empty_table()
+        return (
+            pa.concat_tables(parts) if parts else empty.select(list(columns or empty.column_names))
+        )
 
     def videos(self, columns: Sequence[str] | None = None) -> pa.Table:
         """Returns the current row of every source, or some columns of it, sorted by source."""
@@ -447,12 +532,29 @@ def write_small(table: pa.Table, file: BinaryIO) -> None:
 
 
 def _read(
-    corpus: Corpus, paths: list[str], schema: pa.Schema, columns: Sequence[str] | None
+    corpus: Corpus,
+    paths: Sequence[str],
+    schema: pa.Schema,
+    columns: Sequence[str] | None,
+    without: Collection[str] = (),
 ) -> pa.Table:
     if not paths:
         return schema.empty_table().select(list(columns or schema.names))
-    dataset = pa_dataset.dataset(paths, schema=schema, format="parquet", filesystem=corpus.fs)
-    return dataset.to_table(columns=list(columns) if columns else None)
+    dataset = pa_dataset.dataset(list(paths), schema=schema, format="parquet", filesystem=corpus.fs)
+    return dataset.to_table(
+        columns=list(columns) if columns else None,
+        filter=~pc.field("shard").isin(sorted(without)) if without else None,
+    )
+
+
+def _local_stamp(stat: os.stat_result) -> str:
+    return f"{stat.st_size}-{stat.st_mtime_ns}"
+
+
+def _object_stamp(info: Mapping[str, Any]) -> str:
+    """Stores name their version of an object differently; all of them say at least one of these."""
+    version = next((info[key] for key in ("ETag", "etag", "mtime", "created") if info.get(key)), "")
+    return f"{info['size']}-{version}"
 
 
 def _absolute(url: str) -> str:

@@ -3,7 +3,7 @@
 
 What is removed leaves an empty row (all columns null) in its shard, so that every other clip keeps
 its place and readers and subsets stay right at every moment. The order is: ledger, catalog, shard,
-subsets, runs, cache. Each file is replaced whole, each step may be done again: after a kill, the same
+merged catalog, subsets, runs, cache. Each file is replaced whole, each step may be done again: after a kill, the same
 command finishes the work. What stays is the source's name and video id with the status ``removed``.
 """
 
@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dataengine import records
+from dataengine.compact import merging, purge
 from dataengine.corpus import Corpus, write_small, writer_options
 from dataengine.errors import CorpusError
 from dataengine.fetch.cache import forget
@@ -53,7 +54,8 @@ def remove(corpus: Corpus, video_ids: Collection[str]) -> Removal:
             run holds the corpus.
     """
     asked = frozenset(video_ids)
-    with corpus.locked():
+    # A merge that read the catalog before would bring the rows back.
+    with corpus.locked(), merging(corpus):
         ids, num_videos, shards, runs = _look_up(corpus, asked)
         corpus.take_over(f"remove-{int(time.time() * 1000)}")
         corpus.sweep()
@@ -72,6 +74,7 @@ def remove(corpus: Corpus, video_ids: Collection[str]) -> Removal:
             after = pq.read_metadata(corpus.path(name), filesystem=corpus.fs).num_rows
             num_clips += before - after
             _blank(corpus, shard, ids)
+        purge(corpus, ids)
         for name in corpus.names("subsets"):
             path = corpus.path("subsets", f"{name}.parquet")
             _rewrite(corpus, path, None, lambda table: _without(table, ids))

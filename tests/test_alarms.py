@@ -171,7 +171,7 @@ def test_an_empty_corpus_is_not_suspicious(tmp_path):
 
 def test_a_corpus_of_before_notes_is_read(tmp_path):
     corpus = make(tmp_path / "c", 2, 2, lambda video, clip: {"caption": own(video, clip)})
-    (part,) = corpus.catalog_parts()
+    part = corpus.path("catalog", corpus.names("catalog")[0] + ".parquet")
     table = pq.read_table(part)
     old = pa.list_(pa.struct([(n, pa.string()) for n in ("column", "model", "revision")]))
     index = table.schema.get_field_index("provenance")

@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Conditions and whole SELECTs over the catalog, in DuckDB, locked into the corpus."""
 
+import contextlib
 import csv
 import json
+import os
 import re
-from collections.abc import Iterator, Sequence
+import tempfile
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, TextIO
 
 import duckdb
@@ -12,53 +16,128 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dataengine import records
-from dataengine.corpus import Corpus
-from dataengine.errors import ConfigError, CorpusError
+from dataengine.corpus import CatalogPart, Corpus
+from dataengine.errors import ConfigError, CorpusError, EngineError
 
 DEFAULT_COLUMNS = ("clip_id", "duration_ms", "language", "clip_score", "motion_score", "caption")
 """What a query shows when nothing is selected."""
 
 _SELECT = re.compile(r"\s*(select|with|from)\b", re.IGNORECASE)
+_FILE = re.compile(r"/(catalog|videos|compacted)/[^ ]+\.parquet")
 _BATCH_ROWS = 10_000
 
 
-def connect(corpus: Corpus, shard: str | None = None) -> duckdb.DuckDBPyConnection:
-    """Returns a DuckDB connection with the views ``clips`` and ``videos``, and nothing else in reach.
+@contextlib.contextmanager
+def connect(
+    corpus: Corpus, shard: str | None = None, *, snapshot: str = "", memory: str | None = None
+) -> Iterator[duckdb.DuckDBPyConnection]:
+    """Opens a DuckDB connection with the views ``clips`` and ``videos``, and nothing else in reach.
 
     ``clips`` is the catalog, ``videos`` the current ledger row of every source. The SQL that runs
-    on it can read the corpus' catalog and ledger, but no other file, and no network.
+    on it can read the corpus' catalog and ledger, but no other file, and no network. No file is
+    opened before a query needs it.
 
     Args:
         corpus: What to look at.
         shard: Shows the clips of this shard alone; None shows all.
+        snapshot: Shows the clips as they were when `compact` made this snapshot.
+        memory: What DuckDB may hold, such as ``4GB``; what does not fit goes to the temporary folder.
 
     Raises:
-        CorpusError: If the catalog or the ledger is damaged.
+        CorpusError: If there is no such snapshot, or, from the body too, if a file is damaged.
+        ConfigError: From the body: if its SQL is wrong.
     """
-    db = duckdb.connect()
-    if not corpus.is_local:
-        db.register_filesystem(corpus.fs)
-    try:
-        parts = corpus.catalog_parts()
-        if shard is not None:
-            parts = [corpus.path("catalog", f"{shard}.parquet")]
-        _view(db, "clips", corpus, parts, corpus.catalog_schema)
-        _view(db, "all_videos", corpus, corpus.video_parts(), records.VIDEO_SCHEMA)
-    except duckdb.Error as error:
-        raise CorpusError(
-            f"Damaged: the catalog of {corpus.url} cannot be read: {str(error).splitlines()[0]}",
-            f"dataengine verify {corpus.url} names the files",
-        ) from None
+    with engine(corpus, memory=memory) as db:
+        _add_views(db, corpus, shard, snapshot)
+        try:
+            yield db
+        except duckdb.Error as error:
+            raise _explained(db, error) from None
+
+
+def _add_views(
+    db: duckdb.DuckDBPyConnection, corpus: Corpus, shard: str | None, snapshot: str
+) -> None:
+    if shard is None:
+        parts = corpus.catalog_parts(snapshot)
+    else:
+        parts = [CatalogPart((corpus.path("catalog", f"{shard}.parquet"),))]
+    ledger = [CatalogPart(tuple(corpus.video_parts()))]
+    for name, files, schema in (
+        ("clips", parts, corpus.catalog_schema),
+        ("all_videos", ledger, records.VIDEO_SCHEMA),
+    ):
+        sql = catalog_select(corpus, files, schema_types(db, schema))
+        if not any(part.files for part in files):
+            db.register(f"empty_{name}", schema.empty_table())
+            sql = f"select * from empty_{name}"
+        db.execute(f"create view {name} as {sql}")
     db.execute(
         "create view videos as select * from all_videos "
         "qualify row_number() over (partition by source order by finished_ms desc) = 1"
     )
     if corpus.is_local:
-        folders = ", ".join(_quoted(corpus.path(name) + "/") for name in ("catalog", "videos"))
+        names = ("catalog", "videos", "compacted")
+        folders = ", ".join(_quoted(corpus.path(name) + "/") for name in names)
         db.execute(f"set allowed_directories = [{folders}]")
         db.execute("set enable_external_access = false")
     db.execute("set lock_configuration = true")
+
+
+def engine(corpus: Corpus, *, memory: str | None = None) -> duckdb.DuckDBPyConnection:
+    """Returns a DuckDB connection that reads the corpus' file system and spills where it may.
+
+    Raises:
+        ConfigError: If ``memory`` is no size.
+    """
+    db = duckdb.connect()
+    if not corpus.is_local:
+        db.register_filesystem(corpus.fs)
+    # Its own default is a folder in the working directory.
+    spill = os.path.join(tempfile.gettempdir(), f"dataengine-duckdb-{uuid.uuid4().hex}")
+    db.execute(f"set temp_directory = {_quoted(spill)}")
+    if memory:
+        try:
+            db.execute(f"set memory_limit = {_quoted(memory)}")
+        except duckdb.Error:
+            raise ConfigError(f"Not a size: {memory}", "such as 4GB") from None
     return db
+
+
+def schema_types(db: duckdb.DuckDBPyConnection, schema: pa.Schema) -> dict[str, str]:
+    """Returns DuckDB's type for each column of an Arrow schema."""
+    db.register("schema_of", schema.empty_table())
+    rows = db.execute("select column_name, column_type from (describe schema_of)").fetchall()
+    db.unregister("schema_of")
+    return dict(rows)
+
+
+def catalog_select(corpus: Corpus, parts: Sequence[CatalogPart], types: Mapping[str, str]) -> str:
+    """Returns the SELECT over Parquet files, all columns, null where an old file lacks one.
+
+    The types are said rather than found out, because finding out opens every file.
+    """
+    prefix = ""
+    if not corpus.is_local:
+        protocol = corpus.fs.protocol
+        prefix = f"{protocol if isinstance(protocol, str) else protocol[0]}://"
+    columns = ", ".join(
+        f"{_quoted(name)}: {{name: {_quoted(name)}, type: {_quoted(kind)}, default_value: null}}"
+        for name, kind in types.items()
+    )
+    selects = []
+    for part in parts:
+        if not part.files:
+            continue
+        paths = ", ".join(_quoted(prefix + path) for path in part.files)
+        sql = (
+            f"select * from read_parquet([{paths}], schema=map {{{columns}}}, "
+            "hive_partitioning=false)"
+        )
+        if part.without:
+            sql += f" where shard not in ({', '.join(map(_quoted, sorted(part.without)))})"
+        selects.append(sql)
+    return " union all ".join(selects)
 
 
 def select_statement(
@@ -91,6 +170,7 @@ def run(db: duckdb.DuckDBPyConnection, sql: str) -> tuple[pa.Schema, Iterator[pa
 
     Raises:
         ConfigError: For SQL that is wrong, with the columns there are.
+        CorpusError: If a file of the catalog is damaged.
     """
     try:
         statements = db.extract_statements(sql)
@@ -117,10 +197,17 @@ def _batches(
         raise _explained(db, error) from None
 
 
-def _explained(db: duckdb.DuckDBPyConnection, error: Exception) -> ConfigError:
+def _explained(db: duckdb.DuckDBPyConnection, error: Exception) -> EngineError:
     """Returns a one-line error; for an unknown name, with the names there are."""
     lines = str(error).strip().splitlines()
     message = next((line for line in lines if line.strip()), "it cannot be run")
+    if isinstance(error, duckdb.IOException | duckdb.InvalidInputException) and _FILE.search(
+        message
+    ):
+        return CorpusError(
+            f"Damaged: the catalog cannot be read: {message}",
+            "dataengine verify CORPUS names the files",
+        )
     hint = (
         _columns_hint(db)
         if isinstance(error, duckdb.BinderException | duckdb.CatalogException)
@@ -132,26 +219,6 @@ def _explained(db: duckdb.DuckDBPyConnection, error: Exception) -> ConfigError:
 def _columns_hint(db: duckdb.DuckDBPyConnection) -> str:
     names = [row[0] for row in db.execute("select column_name from (describe clips)").fetchall()]
     return "columns of clips: " + ", ".join(names)
-
-
-def _view(
-    db: duckdb.DuckDBPyConnection,
-    name: str,
-    corpus: Corpus,
-    parts: Sequence[str],
-    schema: pa.Schema,
-) -> None:
-    if not parts:
-        db.register(f"empty_{name}", schema.empty_table())
-        db.execute(f"create view {name} as select * from empty_{name}")
-        return
-    prefix = (
-        ""
-        if corpus.is_local
-        else f"{corpus.fs.protocol if isinstance(corpus.fs.protocol, str) else corpus.fs.protocol[0]}://"
-    )
-    paths = ", ".join(_quoted(prefix + part) for part in parts)
-    db.execute(f"create view {name} as select * from read_parquet([{paths}], union_by_name=true)")
 
 
 def _quoted(text: str) -> str:

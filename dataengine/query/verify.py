@@ -73,7 +73,9 @@ def _files(corpus: Corpus) -> Iterator[str]:
 
 def _damaged(corpus: Corpus) -> Iterator[str]:
     """Every file of the catalog and of the ledger is Parquet."""
-    for path in [*corpus.catalog_parts(), *corpus.video_parts()]:
+    twins = [corpus.path("catalog", f"{name}.parquet") for name in corpus.names("catalog")]
+    merged = [path for part in corpus.catalog_parts() for path in part.files]
+    for path in dict.fromkeys([*twins, *merged, *corpus.video_parts()]):
         try:
             pq.read_metadata(path, filesystem=corpus.fs)
         except (OSError, pa.ArrowException) as error:
