@@ -266,7 +266,9 @@ def _memory_findings(pools: Sequence[Pool], devices: Devices) -> list[Finding]:
     for pool in pools:
         share = pool.num_gpus
         needs = [need for _, config in pool.stages for need in needs_of(config)]
-        weights = list(dict.fromkeys(need for need in needs if isinstance(need, Weights)))
+        # A tokenizer takes no room on a GPU.
+        loaded = (n for n in needs if isinstance(n, Weights) and n.kind != "tokenizer")
+        weights = list(dict.fromkeys(loaded))
         if not share or not weights:
             continue
         name = " + ".join(cls.name for cls, _ in pool.stages)

@@ -22,14 +22,15 @@ class Weights:
     """Files of a model.
 
     Attributes:
-        kind: Where ``name`` is looked for: ``hub`` (Hugging Face id or a local folder), ``whisper``
+        kind: Where ``name`` is looked for: ``hub`` (Hugging Face id or a local folder), ``tokenizer``
+            (the same, of which only the tokenizer's files are taken, never weights), ``whisper``
             (a name openai-whisper knows or a file), ``open_clip`` (as in `OpenClipConfig`, with
             ``revision`` its ``pretrained``), ``file`` (a local path, which only the user can bring).
         name: Id, name or path.
         revision: Commit, tag or branch; empty takes the newest.
     """
 
-    kind: Literal["hub", "whisper", "open_clip", "file"]
+    kind: Literal["hub", "tokenizer", "whisper", "open_clip", "file"]
     name: str
     revision: str = ""
 

@@ -55,6 +55,24 @@ _OTHER_FOLDERS = frozenset(
     ["onnx", "openvino", "coreml", "original", "runs", "logs", "checkpoints", "assets", "images"]
 )
 _TRAINING = ("optimizer", "scheduler", "rng_state", "training_args", "trainer_state", "scaler")
+_VOCABULARIES = (
+    *(
+        ("tokenizer.json",),
+        ("vocab.txt",),
+        ("vocab.json", "merges.txt"),
+        ("vocab.json", "source.spm"),
+    ),
+    *(("tokenizer.model",), ("spiece.model",), ("sentencepiece.bpe.model",), ("spm.model",)),
+    *(("vocab.bpe", "encoder.json"), ("tokenizer.tiktoken",), ("tekken.json",)),
+)
+"""Files of which any one group is a whole vocabulary, by the names that transformers' tokenizers use."""
+_TOKENIZER_EXTRAS = frozenset(
+    [
+        *("config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+        *("chat_template.jinja", "chat_template.json", "target.spm", "normalizer.json"),
+    ]
+)
+"""Small files that a tokenizer reads beside its vocabulary; ``config.json`` tells its class."""
 _CHUNK = 1 << 20
 _TIMEOUT_S = 30.0
 
@@ -142,6 +160,8 @@ def find(weights: Weights) -> Found | Missing:
     match weights.kind:
         case "hub":
             return _find_hub(weights.name, weights.revision)
+        case "tokenizer":
+            return _find_hub(weights.name, weights.revision, kind="tokenizer")
         case "whisper":
             return _find_whisper(weights.name)
         case "open_clip":
@@ -153,9 +173,13 @@ def find(weights: Weights) -> Found | Missing:
             return Missing(f"no such file: {path}", "put the file there, or change the setting")
 
 
-def _find_hub(name: str, revision: str, names: tuple[str, ...] = ()) -> Found | Missing:
+def _find_hub(
+    name: str, revision: str, names: tuple[str, ...] = (), kind: str = "hub"
+) -> Found | Missing:
     """Returns the folder of a model; one of ``names`` is its weights file, if any are given."""
     folder = Path(name).expanduser()
+    if folder.is_dir() and kind == "tokenizer":
+        return _whole_tokenizer(folder, "the folder holds no tokenizer: fetch or copy it again")
     if folder.is_dir():
         return _complete(folder, names, "the folder is not a whole model: fetch or copy it again")
     if folder.is_absolute() or name.startswith((".", "~")):
@@ -163,6 +187,8 @@ def _find_hub(name: str, revision: str, names: tuple[str, ...] = ()) -> Found | 
     snapshot = _snapshot(name, revision)
     if snapshot is None:
         return Missing("not in the Hugging Face cache")
+    if kind == "tokenizer":
+        return _whole_tokenizer(snapshot, FETCH_HINT)
     return _complete(snapshot, names, FETCH_HINT)
 
 
@@ -195,6 +221,26 @@ def _complete(folder: Path, names: tuple[str, ...], hint: str) -> Found | Missin
     if lacking:
         return Missing(f"{len(lacking)} files are missing in {folder}, such as {lacking[0]}", hint)
     return Found(folder, sum((folder / name).stat().st_size for name in weights))
+
+
+def _whole_tokenizer(folder: Path, hint: str) -> Found | Missing:
+    """Returns a tokenizer's folder, unless its vocabulary is not there."""
+    files = tokenizer_files(path.name for path in folder.iterdir() if path.is_file())
+    if not files:
+        return Missing(f"no tokenizer in {folder}", hint)
+    return Found(folder, sum((folder / name).stat().st_size for name in files))
+
+
+def tokenizer_files(names: Iterable[str]) -> list[str]:
+    """Returns the files of a model on the hub that its tokenizer reads; none without a vocabulary.
+
+    Args:
+        names: All of its files, with ``/`` between folders.
+    """
+    names = list(names)
+    whole = [group for group in _VOCABULARIES if set(group) <= set(names)]
+    wanted = _TOKENIZER_EXTRAS.union(*whole)
+    return [name for name in names if name in wanted] if whole else []
 
 
 def _indexed(index: Path) -> list[str]:
@@ -369,7 +415,7 @@ def plan_fetch(weights: Weights) -> Fetch | Found | Missing:
     """
     here = find(weights)
     kind, origin, names = weights.kind, weights.name, ()
-    is_local = kind == "hub" and Path(origin).expanduser().is_dir()
+    is_local = kind in ("hub", "tokenizer") and Path(origin).expanduser().is_dir()
     if kind == "file" or is_local:
         return here
     if kind == "open_clip":
@@ -412,7 +458,11 @@ def _plan_hub(
         if isinstance(here, Found):
             return here  # it may be a newer one that could not be asked for
         return explain(error)
-    if names:
+    if weights.kind == "tokenizer":
+        wanted = weight = tokenizer_files(entry.filename for entry in entries)
+        if not wanted:
+            return Missing("there is no tokenizer in it", "name another model")
+    elif names:
         files = [entry.filename for entry in entries]
         weight = [name for name in names if name in files][:1]
         wanted = [n for n in wanted_files(files) if not _is_weights(n)] + weight

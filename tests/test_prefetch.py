@@ -27,6 +27,7 @@ from dataengine.prefetch import (
     find,
     plan_fetch,
     prefetch,
+    tokenizer_files,
     wanted_files,
     weights_of,
 )
@@ -255,6 +256,70 @@ def test_the_revision_is_what_is_asked_for_and_found(hub):
     assert {revision for _, revision, _ in hub.asked} == {"v2"}
     assert isinstance(find(Weights("hub", HUB, "v2")), Found)
     assert isinstance(find(Weights("hub", HUB)), Missing)
+
+
+BERT = {
+    "config.json": b"{}",
+    "tokenizer.json": b"t" * 10,
+    "tokenizer_config.json": b"{}",
+    "vocab.txt": b"v" * 20,
+}
+
+
+def test_of_a_tokenizer_no_weights_are_fetched_and_none_are_missed(hub):
+    weights = Weights("tokenizer", HUB)
+    hub.repos[HUB] = BERT | {
+        "model.safetensors": b"w" * 2000,
+        "coreml/vocab.txt": b"v",
+        "README.md": b"# R",
+    }
+    assert find(weights) == Missing("not in the Hugging Face cache")
+    plan = plan_fetch(weights)
+    assert isinstance(plan, Fetch)
+    assert plan.num_bytes == 34
+    done = fetch(plan, quiet())
+    assert isinstance(done, Found)
+    assert done.num_bytes == 34
+    assert hub.here() == sorted(BERT)
+    assert plan_fetch(weights) == find(weights) == done
+    assert isinstance(find(Weights("hub", HUB)), Missing)  # as a model it is not whole
+
+
+def test_what_has_no_vocabulary_is_no_tokenizer(hub, tmp_path):
+    hub.repos[HUB] = {"config.json": b"{}", "model.safetensors": b"w", "merges.txt": b"m"}
+    assert plan_fetch(Weights("tokenizer", HUB)) == Missing(
+        "there is no tokenizer in it", "name another model"
+    )
+    folder = tmp_path / "local"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"w")
+    answer = plan_fetch(Weights("tokenizer", str(folder)))
+    assert isinstance(answer, Missing)
+    assert answer.why == f"no tokenizer in {folder}"
+    (folder / "spiece.model").write_bytes(b"123")
+    assert plan_fetch(Weights("tokenizer", str(folder))) == Found(folder, 3)
+
+
+@pytest.mark.parametrize(
+    ("names", "wanted"),
+    [
+        (["vocab.json", "merges.txt", "model.bin"], ["vocab.json", "merges.txt"]),
+        (["vocab.json", "model.bin"], []),
+        (["tokenizer.json", "chat_template.jinja"], ["tokenizer.json", "chat_template.jinja"]),
+        (["sub/tokenizer.json"], []),
+    ],
+)
+def test_a_tokenizer_is_its_vocabulary_and_what_is_read_beside_it(names, wanted):
+    assert tokenizer_files(names) == wanted
+
+
+def test_models_that_take_a_tokenizer_alone_say_so():
+    from dataengine.models.frame_captioner import Tag2TextConfig
+    from dataengine.models.internvideo2 import InternVideo2ScorerConfig
+
+    assert Weights("tokenizer", "bert-base-uncased") in Tag2TextConfig(weights="t.pth").needs()
+    needs = InternVideo2ScorerConfig(weights="i.pt").needs()
+    assert Weights("tokenizer", "google-bert/bert-large-uncased") in needs
 
 
 def test_without_network_weights_that_are_here_are_good(hub):

@@ -144,7 +144,7 @@ class Tag2TextConfig(Settings):
         return (
             Package("ram", RAM_INSTALL),
             Weights("file", self.weights),
-            Weights("hub", "bert-base-uncased"),
+            Weights("tokenizer", "bert-base-uncased"),
         )
 
 

@@ -63,7 +63,7 @@ class InternVideo2ScorerConfig(Settings):
 
     def needs(self) -> tuple[Need, ...]:
         """Returns transformers, the weights and the tokenizer."""
-        tokenizer = Weights("hub", self.tokenizer)
+        tokenizer = Weights("tokenizer", self.tokenizer)
         return (Package("transformers"), Weights("file", self.weights), tokenizer)
 
 
