@@ -183,8 +183,9 @@ def _arguments(config: VllmConfig) -> dict[str, Any]:
         "seed": config.seed,
         # Memory is set aside for the most that a request may hold; videos come as pictures.
         "limit_mm_per_prompt": {"image": config.max_images, "audio": 1, "video": 0},
-        # A model may spend all its tokens on white space between the fields otherwise.
-        "structured_outputs_config": {"disable_any_whitespace": True},
+        # A model may spend all its tokens on white space between the fields otherwise. vLLM forbids it
+        # only with a backend that is named: "xgrammar" is what "auto" takes for schemas like ours.
+        "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
     }
     if config.revision:
         arguments |= {"revision": config.revision, "tokenizer_revision": config.revision}
