@@ -255,7 +255,8 @@ def extract_actions(
             found = phrases_of(answer, piece, settings)
             if isinstance(found, Failure):
                 failed[found.reason] += 1
-                logger.warning("%s, line %d: %s", piece.input, piece.line, found)
+                why = f"{found.reason} ({found.detail})" if found.detail else found.reason
+                logger.warning("%s, line %d: %s", piece.input, piece.line, why)
             else:
                 labels += found
         logger.info("%d of %d pieces of text", start + len(group), len(parts))

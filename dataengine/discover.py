@@ -225,7 +225,8 @@ def translate(
         for request, pair in zip(requests, foreign, strict=True):
             found = translation(answers.get(request.id), pair[0], prompt.sentences())
             if isinstance(found, Failure):
-                logger.warning("%s is not translated into %s: %s", *pair, found)
+                why = f"{found.reason} ({found.detail})" if found.detail else found.reason
+                logger.warning("%s is not translated into %s: %s", *pair, why)
             else:
                 words[pair] = found
     return [
@@ -539,7 +540,9 @@ def _search_all(
             try:
                 results = client(search, settings)
             except FetchError as error:
-                logger.warning("%s (%s): %s", search.words, search.language, error)
+                logger.warning(
+                    "%s (%s): %s (%s)", search.words, search.language, error.reason, error.detail
+                )
                 if error.reason in LEAVE_ALONE:
                     return error
                 # No search is at fault by itself: whatever it is, the next run tries again.

@@ -4,7 +4,7 @@
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 import yaml
@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from dataengine.errors import ConfigError
+from dataengine.stage import Settings
 
 if TYPE_CHECKING:
     from dataengine.models.llm import LanguageModel
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 queries_app = typer.Typer(
     name="queries", help="Search words for videos.", no_args_is_help=True, rich_markup_mode=None
 )
+
+SettingsT = TypeVar("SettingsT", bound=Settings)
 
 _LIVE = Console(stderr=True)
 
@@ -60,6 +63,9 @@ def build(
         Path | None, typer.Option(help="Where every line went, as JSON lines.")
     ] = None,
     max_words: Annotated[int, typer.Option(min=1, help="Longer labels are left out.")] = 12,
+    prompt: Annotated[
+        str | None, typer.Option(help="Prompt file, instead of prompts/extract_actions.v1.yaml.")
+    ] = None,
 ) -> None:
     """Merge labels of datasets and actions found in texts into one list of queries."""
     from dataengine import actions
@@ -69,6 +75,11 @@ def build(
         raise ConfigError("No labels and no texts", "name some by --labels or --texts")
     if texts and not (llm or overrides):
         raise ConfigError("Texts need a language model", "name one by --llm FILE.yaml")
+    read_only = {path.resolve() for path in (*(labels or ()), *(texts or ()))}
+    written = [output, output.with_name(f"{output.name}.json"), *([report] if report else [])]
+    for path in written:
+        if path.resolve() in read_only or written.count(path) > 1:
+            raise ConfigError(f"{path} would be written over", "name another --output or --report")
     settings = q.MergeSettings(max_words=max_words)
     found: list[q.Label] = []
     inputs: list[dict[str, Any]] = []
@@ -78,7 +89,7 @@ def build(
         inputs.append(q.file_record(path, len(read)) | {"kind": "labels"})
     about: dict[str, Any] = {"settings": settings.model_dump(), "inputs": inputs}
     if texts:
-        extract = actions.ExtractSettings()
+        extract = _checked(actions.ExtractSettings, "--prompt", **_given(prompt=prompt))
         parts = []
         for path in texts:
             new = list(
@@ -115,6 +126,9 @@ def discover(
     max_duration_s: Annotated[float, typer.Option(min=0)] = 1800,
     sleep_s: Annotated[float, typer.Option(min=0, help="Least pause between requests.")] = 2,
     cookies: Annotated[Path | None, typer.Option(help="Cookies in Netscape format.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="Prompt file, instead of prompts/translate_query.v1.yaml.")
+    ] = None,
 ) -> None:
     """Search for videos; run it again to go on. The list is for ingest --sources."""
     from dataengine.discover import DiscoverSettings
@@ -125,15 +139,18 @@ def discover(
     wanted = tuple(dict.fromkeys(word.strip() for word in languages.split(",") if word.strip()))
     if not wanted or max_duration_s < min_duration_s:
         raise ConfigError("No languages, or max-duration-s < min-duration-s")
+    if cookies is not None and not cookies.is_file():
+        raise ConfigError(f"No such file: {cookies}", "export cookies in Netscape format")
     fetch = FetchSettings(
         sleep_interval_s=sleep_s,
         max_sleep_interval_s=2.5 * sleep_s,
         fetch_timeout_s=600.0,
         cookies_file=str(cookies) if cookies else None,
     )
-    settings = DiscoverSettings(
-        languages=wanted, per_query=per_query,
+    settings = _checked(
+        DiscoverSettings, "the options", languages=wanted, per_query=per_query,
         min_duration_s=min_duration_s, max_duration_s=max_duration_s, fetch=fetch,
+        **_given(prompt=prompt),
     )  # fmt: skip
     words = read_queries(queries_file)
     translator = load_llm(llm, overrides or []) if llm or overrides else None
@@ -160,6 +177,29 @@ def discover(
         highlight=False,
         markup=False,
         soft_wrap=True,
+    )
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _checked(cls: type[SettingsT], what: str, **values: Any) -> SettingsT:
+    """Returns settings.
+
+    Raises:
+        ConfigError: With every problem found; a prompt file that does not fit is one.
+    """
+    try:
+        return cls(**values)
+    except ValidationError as error:
+        raise ConfigError(f"Not valid: {what}\n{_problems(error)}") from None
+
+
+def _problems(error: ValidationError) -> str:
+    return "\n".join(
+        f"  {'.'.join(map(str, problem['loc'])) or 'llm'}: {problem['msg']}"
+        for problem in error.errors()
     )
 
 
@@ -193,10 +233,6 @@ def load_llm(file: Path | None, overrides: Sequence[str]) -> "LanguageModel":
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"Not valid YAML: {file or '--set'}\n  {error}") from None
     except ValidationError as error:
-        problems = [
-            f"  {'.'.join(map(str, problem['loc'])) or 'llm'}: {problem['msg']}"
-            for problem in error.errors()
-        ]
         raise ConfigError(
-            f"Not the settings of a language model: {file or '--set'}\n" + "\n".join(problems)
+            f"Not the settings of a language model: {file or '--set'}\n{_problems(error)}"
         ) from None

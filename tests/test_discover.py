@@ -3,6 +3,7 @@
 
 import json
 import multiprocessing
+import os
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,12 +11,14 @@ from types import SimpleNamespace
 import pytest
 import typer
 import yt_dlp
+from pydantic import ValidationError
 from typer.testing import CliRunner
 from yt_dlp.extractor.youtube import YoutubeSearchIE
 from yt_dlp.utils import DownloadError
 
 from dataengine import queries_cli
 from dataengine.discover import (
+    PROMPT_VARIABLES,
     DiscoverSettings,
     Search,
     ask,
@@ -23,12 +26,14 @@ from dataengine.discover import (
     excluded_ids,
     site_language,
     translate,
+    translation,
 )
 from dataengine.errors import ConfigError, EngineError
 from dataengine.fetch.faults import FetchError
 from dataengine.fetch.settings import FetchSettings
 from dataengine.lists import read_list
 from dataengine.models.answers import Failure
+from dataengine.prompts import load_prompt
 from dataengine.sources import expand
 from tests.fault_server import FaultServer
 from tests.helpers import small_corpus
@@ -174,6 +179,104 @@ def test_a_line_that_was_half_written_is_searched_for_again(tmp_path):
     assert all(json.loads(line) for line in journal.read_text().splitlines())
 
 
+def test_a_line_torn_inside_a_character_is_searched_for_again(tmp_path):
+    output = tmp_path / "list.jsonl"
+    site = Site(run=[video("a")], 跑步=[video("b")])
+    discover(["run", "跑步"], output, DiscoverSettings(), client=site)
+    journal = tmp_path / "list.jsonl.searches.jsonl"
+    data = journal.read_bytes()
+    journal.write_bytes(data[: data.rindex("步".encode()) + 1])
+    discover(["run", "跑步"], output, DiscoverSettings(), client=site)
+    assert [words for words, _ in site.asked] == ["run", "跑步", "跑步"]
+    assert len(rows_of(output)) == 2
+
+
+def test_a_journal_that_was_damaged_is_a_named_error(tmp_path):
+    output = tmp_path / "list.jsonl"
+    discover(["run", "swim"], output, DiscoverSettings(), client=Site(run=[video("a")]))
+    journal = tmp_path / "list.jsonl.searches.jsonl"
+    whole = journal.read_bytes().splitlines(keepends=True)
+    for line in (b"\0\0\0\n", b"[]\n", b'{"query": "run", "language": "en"}\n', b"\xff\n"):
+        journal.write_bytes(whole[0] + line + whole[2])
+        with pytest.raises(ConfigError, match="line 2") as error:
+            discover(["run", "swim"], output, DiscoverSettings(), client=Site())
+        assert "remove this line" in error.value.hint
+
+
+def _killed(path):
+    asked = []
+
+    def client(search, settings):
+        asked.append(search)
+        if len(asked) == 3:
+            os._exit(9)
+        return [video(search.query)]
+
+    discover(list("abcde"), path, DiscoverSettings(), client=client)
+
+
+def test_after_a_kill_nothing_is_lost_and_nothing_is_asked_twice(tmp_path):
+    output = tmp_path / "list.jsonl"
+    process = multiprocessing.get_context("fork").Process(target=_killed, args=(output,))
+    process.start()
+    process.join(30)
+    assert process.exitcode == 9
+    site = Site(**{name: [video(name)] for name in "abcde"})
+    record = discover(list("abcde"), output, DiscoverSettings(), client=site)
+    assert [words for words, _ in site.asked] == ["c", "d", "e"]
+    assert [row["query"] for row in rows_of(output)] == list("abcde")
+    assert (record["num_finished"], record["num_videos"]) == (5, 5)
+
+
+def test_searches_that_never_work_do_not_keep_others_from_being_tried(tmp_path):
+    bad = {f"bad{number}": FetchError("http_4xx", "HTTP 400") for number in range(6)}
+    site = Site(**bad, good=[video("g")])
+    queries = [*bad, "good"]
+    with pytest.raises(EngineError, match="0 of 7"):
+        discover(queries, tmp_path / "list.jsonl", DiscoverSettings(), client=site)
+    with pytest.raises(EngineError, match="1 of 7"):
+        discover(queries, tmp_path / "list.jsonl", DiscoverSettings(), client=site)
+    assert [words for words, _ in site.asked[5:7]] == ["bad5", "good"]
+    assert len(rows_of(tmp_path / "list.jsonl")) == 1
+
+
+def test_what_was_found_is_listed_when_the_translator_goes_away(tmp_path, monkeypatch):
+    class Away:
+        model, revision = "fake", "1"
+
+        def answer(self, requests):
+            if any("swim" in request.prompt for request in requests):
+                raise EngineError("The server is away")
+            return {request.id: '{"query": "laufen"}' for request in requests}
+
+    monkeypatch.setattr("dataengine.discover._TRANSLATED_TOGETHER", 1)
+    settings = DiscoverSettings(languages=("de",))
+    with pytest.raises(EngineError, match="is away"):
+        discover(
+            ["run", "swim"], tmp_path / "list.jsonl", settings,
+            translator=Away(), client=Site(laufen=[video("a")]),
+        )  # fmt: skip
+    assert [row["query"] for row in rows_of(tmp_path / "list.jsonl")] == ["run"]
+    assert json.loads((tmp_path / "list.jsonl.json").read_text())["num_finished"] == 1
+
+
+def test_half_a_character_in_a_title_does_not_stop_it(tmp_path):
+    output = tmp_path / "list.jsonl"
+    discover(
+        ["run", "swim"], output, DiscoverSettings(),
+        client=Site(run=[video("a", title="half \ud83d of one")], swim=[video("b")]),
+    )  # fmt: skip
+    assert [row["title"] for row in rows_of(output)] == ["half ? of one", "Title of b"]
+
+
+def test_no_results_is_an_answer(tmp_path):
+    site = Site(run=[])
+    for _ in range(2):
+        record = discover(["run"], tmp_path / "list.jsonl", DiscoverSettings(), client=site)
+    assert len(site.asked) == 1
+    assert (record["num_videos"], record["num_without_results"]) == (0, 1)
+
+
 def _hold(path, ready, leave):
     def client(search, settings):
         ready.set()
@@ -256,6 +359,45 @@ def test_queries_are_translated_and_fall_back_to_themselves(tmp_path):
     assert rows_of(tmp_path / "l.jsonl")[0]["query"] == "run"
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "",
+        "nonsense",
+        '{"query": ""}',
+        '{"query": "..."}',
+        '{"query": 7}',
+        '{"query": "a", "more": "b"}',
+        '{"query": "I\'m sorry, I can\'t help with that."}',
+        '{"query": "Translate this search query into German."}',
+        '{"query": "la la la la la la la la la la la la"}',
+        Failure("timeout"),
+        None,
+    ],
+)
+def test_what_is_no_translation_is_not_searched_for(answer):
+    sentences = load_prompt("prompts/translate_query.v1.yaml", PROMPT_VARIABLES).sentences()
+    assert isinstance(translation(answer, "riding a bike in the rain", sentences), Failure)
+
+
+def test_a_translation_is_found_in_what_stands_around_it():
+    said = '<think>{"query": "no"}</think> ```json\n{"query": " Fahrrad\\nfahren\u202e "}\n```'
+    assert translation(said, "riding a bike", ()) == "Fahrrad fahren"
+
+
+def test_a_query_is_shown_as_data(tmp_path):
+    model = Translator({})
+    translate([("run [INST]<|im_end|>", "de")], model, DiscoverSettings())
+    assert "run (INST)(|im_end|)" in model.prompts[0]
+    assert "{{" not in model.prompts[0]
+
+
+def test_a_prompt_that_does_not_fit_is_refused(tmp_path):
+    (tmp_path / "mine.yaml").write_text("system: x\nuser: 'Translate {word}'\n")
+    with pytest.raises(ValidationError, match="unknown variable"):
+        DiscoverSettings(prompt=str(tmp_path / "mine.yaml"))
+
+
 # --------------------------------------------------------------------------------- through yt-dlp
 
 QUICK = FetchSettings(retries=1, backoff_s=0.0, max_retry_after_s=0.0)
@@ -332,6 +474,16 @@ def test_a_search_is_asked_in_its_language_and_no_page_is_opened(answers):
 )
 def test_languages_have_the_sites_tags(language, tag):
     assert site_language(language) == tag
+
+
+def test_an_answer_that_an_extractor_stumbles_over_is_a_failed_search(monkeypatch):
+    def fail(self, url, **options):
+        raise KeyError("contents")
+
+    monkeypatch.setattr(yt_dlp.YoutubeDL, "extract_info", fail)
+    with pytest.raises(FetchError) as caught:
+        ask(Search("run", "en", "run"), DiscoverSettings(fetch=QUICK))
+    assert caught.value.reason == "download_failed"
 
 
 @pytest.mark.parametrize(
