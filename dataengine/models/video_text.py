@@ -8,6 +8,7 @@ B clips or texts, T frames, S side of the model's square input, D embedding widt
 """
 
 import json
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from itertools import pairwise
@@ -252,7 +253,7 @@ def _read_folder(folder: Path) -> tuple[Path, Any, Mapping[str, Any]]:
             )
         shape = ViCLIPConfig.model_validate(described)
         state = {name: tensor.float() for name, tensor in load_file(file).items()}
-    except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
         raise DependencyError(
             f"Cannot be read: {folder} ({' '.join(str(error).split())[:300]})",
             "write the checkpoint, or the export, again",
@@ -260,8 +261,14 @@ def _read_folder(folder: Path) -> tuple[Path, Any, Mapping[str, Any]]:
     return file, shape, state
 
 
-class _Settings(dict):
-    """Stands in for the class in which published files keep the settings of their training run."""
+class _Settings:
+    """Stands in for the class in which published files keep the settings of their training run.
+
+    That is a dict with attributes. torch fills dicts of its own choice alone, no subclass of them.
+    """
+
+    def __new__(cls) -> OrderedDict[str, Any]:
+        return OrderedDict()
 
 
 def _read_published(file: Path) -> tuple[Path, Any, Mapping[str, Any]]:

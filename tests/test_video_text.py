@@ -1,0 +1,520 @@
+# SPDX-License-Identifier: Apache-2.0
+# Answers may be failures; a wrong guess fails the test.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportOptionalSubscript=false, reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
+"""Video-text scores: every way a ViCLIP can come, and InternVideo2, from the weights to the shard."""
+
+import copy
+import json
+import sys
+from types import ModuleType
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from dataengine.corpus import Corpus
+from dataengine.errors import DependencyError
+from dataengine.flow import apply_stage
+from dataengine.media import jpeg_decode, jpeg_encode
+from dataengine.models.answers import OUT_OF_MEMORY, Failure
+from dataengine.models.internvideo2 import InternVideo2ScorerConfig
+from dataengine.models.known_pairs import KNOWN_PAIRS
+from dataengine.models.video_text import ViCLIPScorerConfig, build_video_text, middle_frames
+from dataengine.needs import Package, Weights
+from dataengine.networks.config import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    InternVideo2Config,
+)
+from dataengine.networks.internvideo2 import InternVideo2
+from dataengine.networks.text import clean_caption, tokenise
+from dataengine.records import CLIP_SCHEMA, DROP_STRUCT
+from dataengine.stage import Drop, Kept
+from dataengine.stages.score_video_text import ScoreVideoTextStage
+from tests import helpers
+from tests.tiny_scorers import VICLIP_CONFIG, fit, make_viclip
+from training import checkpoint, export_viclip
+from training.config import config_from_dict
+
+WAYS = ("checkpoint", "export", "half", "published", "published.safetensors")
+TOWERS = ("vision_encoder.proj", "text_encoder.text_projection")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def viclip():
+    """A tiny model that knows the known pairs, and the order of frames a little."""
+    torch.set_num_threads(1)
+    model = make_viclip()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        model.vision_encoder.temporal_positional_embedding += 0.05 * torch.randn(1, 4, 64)
+    return model
+
+
+def recipe():
+    # What training alone does, masks and stochastic depth, must not reach the scores.
+    video = VICLIP_CONFIG["video"] | {"mask_ratio": 0.5, "drop_path": 0.3}
+    model = VICLIP_CONFIG | {"video": video, "init_temperature": 0.1}
+    optim, data = {"lr": 1e-3, "steps": 3}, {"batch_size": 2, "held_out": 0.1}
+    return config_from_dict(
+        {"model": model, "optim": optim, "data": data, "run": {"seed": 0}}, "a test"
+    )
+
+
+def write_checkpoint(folder, model):
+    return checkpoint.save(folder, step=3, model=model, state={}, config=recipe(), keep=1)
+
+
+def write_published(path, model):
+    """A training run's whole state, as DeepSpeed leaves it, its settings in a class of its own."""
+
+    def settings(**values):
+        """A dict whose entries are attributes too, and so stored twice."""
+        made = module.EasyDict(values)
+        made.__dict__.update(values)
+        return made
+
+    module = ModuleType("utils.easydict")
+    module.EasyDict = type("EasyDict", (dict,), {"__module__": "utils.easydict"})
+    state = {f"module.{name}": value for name, value in model.state_dict().items()}
+    payload = {
+        "model": state,
+        "optimizer": {"state": {0: torch.zeros(2)}, "param_groups": [{"lr": 1e-5, "betas": (0.9, 1)}]},
+        "config": settings(model=settings(name="ViCLIP"), epochs=3),
+        "epoch": 3,
+        "global_step": 70,
+    }  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "utils", ModuleType("utils"))
+        patch.setitem(sys.modules, "utils.easydict", module)
+        torch.save(payload, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def weights(viclip, tmp_path_factory):
+    """The same model, in every way it can come."""
+    root = tmp_path_factory.mktemp("viclip")
+    run = write_checkpoint(root / "run", viclip)
+    assert export_viclip.main([str(root / "run"), str(root / "export")]) == 0
+    assert export_viclip.main([str(run), str(root / "half"), "--half"]) == 0
+    save_file(viclip.state_dict(), root / "viclip-10M.safetensors")
+    return {
+        "checkpoint": run,
+        "export": root / "export",
+        "half": root / "half",
+        "published": write_published(root / "ViClip-10M.pth", viclip),
+        "published.safetensors": root / "viclip-10M.safetensors",
+    }
+
+
+def stage_of(path, **columns):
+    config = {"model": ViCLIPScorerConfig(weights=str(path), **columns)}
+    stage = ScoreVideoTextStage(ScoreVideoTextStage.Config(**config))
+    stage.setup()
+    return stage
+
+
+def clip(number, num_frames, caption="A red circle moves over a white ground.", seed=None):
+    """A clip of pictures of noise, each about another colour."""
+    rng = np.random.default_rng(number if seed is None else seed)
+    frames = [
+        jpeg_encode((rng.integers(0, 60, (24, 40, 3)) + rng.integers(0, 195, 3)).astype(np.uint8))
+        for _ in range(num_frames)
+    ]
+    start = 1000 * number
+    return helpers.clip_row(
+        "v", start, start + 1000, frames=frames, frame_ms=[start] * num_frames
+    ) | {"caption_video": caption}
+
+
+def through_a_shard(folder, stage, rows):
+    """Scores and who gave them, by clip, as a corpus gives them back."""
+    table = helpers.clips_table(rows).append_column("_drop", pa.nulls(len(rows), DROP_STRUCT))
+    table = apply_stage(stage, table, stage.process)
+    assert table["_drop"].null_count == len(rows)
+    corpus = Corpus.create(str(folder))
+    corpus.take_over("r-1")
+    clips = table.select(CLIP_SCHEMA.names).cast(CLIP_SCHEMA)
+    corpus.commit(clips, [helpers.ledger_row("v", rows)], run_id="r-1", fingerprint="f")
+    read = {
+        row["clip_id"]: row
+        for row in corpus.catalog(["clip_id", "video_text_score", "provenance"]).to_pylist()
+    }
+    return [
+        (
+            read[row["clip_id"]]["video_text_score"],
+            [e for e in read[row["clip_id"]]["provenance"] if e["column"] == "video_text_score"],
+        )
+        for row in rows
+    ]
+
+
+def own_score(model, row, places):
+    """A score with nothing of the scorer in it but the network."""
+    pictures = [
+        Image.fromarray(jpeg_decode(row["frames"][at])).resize((32, 32), Image.Resampling.BICUBIC)
+        for at in places
+    ]
+    pixels = (np.stack([np.asarray(p) for p in pictures]) / 255 - IMAGENET_MEAN) / IMAGENET_STD
+    frames = torch.tensor(pixels, dtype=torch.float32).permute(0, 3, 1, 2)[None]
+    with torch.no_grad():
+        video = model.encode_video(frames)
+        text = model.encode_text(tokenise([clean_caption(row["caption_video"])], 32))
+    return float((video * text).sum())
+
+
+# --------------------------------------------------------------------------------------- frames
+
+
+@pytest.mark.parametrize(
+    ("available", "wanted", "chosen"),
+    [
+        (16, 8, [0, 2, 4, 6, 8, 10, 12, 14]),
+        (8, 4, [0, 2, 4, 6]),
+        (8, 8, [0, 1, 2, 3, 4, 5, 6, 7]),
+        (10, 4, [0, 3, 5, 8]),
+        (3, 4, [0, 1, 2, 2]),
+        (1, 4, [0, 0, 0, 0]),
+    ],
+)
+def test_frames_are_the_middles_of_equal_intervals(available, wanted, chosen):
+    assert middle_frames(available, wanted) == chosen
+
+
+# --------------------------------------------------------------------------------------- ViCLIP
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_gives_the_same_scores_in_a_shard(way, weights, viclip, tmp_path):
+    places = {0: [0, 2, 4, 6], 1: [0, 1, 2, 2], 2: [0, 0, 0, 0], 3: [0, 3, 5, 8]}
+    rows = [clip(0, 8), clip(1, 3, "Dogs"), clip(2, 1, "a dog, " * 40), clip(3, 10)]
+    rows.append(clip(4, 4, None))
+    stage = stage_of(weights[way])
+    *scored, unscored = through_a_shard(tmp_path / "corpus", stage, rows)
+    expected = [own_score(viclip, rows[at], places[at]) for at in range(4)]
+    tolerance = 2e-3 if way == "half" or torch.cuda.is_available() else 1e-5
+    assert [score for score, _ in scored] == pytest.approx(expected, abs=tolerance)
+    assert max(expected) - min(expected) > 0.05
+    assert unscored == (None, [])
+    name = {"checkpoint": "step_00000003", "published": "ViClip-10M"}.get(way, way)
+    name = "viclip-10M" if way == "published.safetensors" else name
+    for _, (entry,) in scored:
+        assert (entry["model"], entry["note"]) == (f"viclip:{name}", None)
+        assert entry["revision"] == stage._scorer.revision
+        assert len(entry["revision"]) >= 8
+
+
+def test_revision_follows_the_weights(weights, viclip, tmp_path):
+    other = copy.deepcopy(viclip)
+    with torch.no_grad():
+        other.text_encoder.ln_final.weight += 1e-3
+    moved = write_checkpoint(tmp_path / "moved", viclip)
+    changed = write_checkpoint(tmp_path / "changed", other)
+    first, same, third = (
+        build_video_text(ViCLIPScorerConfig(weights=str(path))).revision
+        for path in (weights["checkpoint"], moved, changed)
+    )
+    assert first == same != third
+
+
+def test_a_clip_scores_alike_in_any_batch(weights):
+    rows = [clip(number, 1 + number, f"caption number {number}") for number in range(6)]
+    stage, one = (
+        stage_of(weights["export"], batch_size=4),
+        stage_of(weights["export"], batch_size=1),
+    )
+    together = [outcome.rows[0]["video_text_score"] for outcome in stage.process(rows)]
+    alone = [one.process([row])[0].rows[0]["video_text_score"] for row in rows]
+    assert together == pytest.approx(alone, abs=0.02 if torch.cuda.is_available() else 1e-5)
+    assert stage.process([]) == []
+
+
+def test_order_of_the_frames_counts(weights):
+    """That is what tells the score from CLIP's."""
+    stage, row = stage_of(weights["export"]), clip(0, 4)
+    turned = row | {"frames": row["frames"][::-1]}
+    first, second = (
+        outcome.rows[0]["video_text_score"] for outcome in stage.process([row, turned])
+    )
+    assert abs(first - second) > 1e-4
+
+
+def test_other_column_is_scored_when_named(weights):
+    row = clip(0, 4, "one thing") | {"caption_avs": "quite another thing"}
+    config = {"model": ViCLIPScorerConfig(weights=str(weights["export"]))}
+    stage = ScoreVideoTextStage(ScoreVideoTextStage.Config(**config, caption_column="caption_avs"))
+    stage.setup()
+    (outcome,) = stage.process([row])
+    (expected,) = stage_of(weights["export"]).process([clip(0, 4, "quite another thing")])
+    assert outcome.rows[0]["video_text_score"] == expected.rows[0]["video_text_score"]
+
+
+def test_what_fails_costs_that_clip_alone(weights, monkeypatch):
+    stage = stage_of(weights["export"], batch_size=3)
+    broken = clip(1, 4)
+    broken["frames"][1] = b"broken"
+    unused = clip(2, 8)
+    unused["frames"][1] = b"broken"  # of 8 frames, 4 are looked at, and not this one
+    rows = [clip(0, 4), broken, unused, clip(3, 4) | {"frames": []}, clip(4, 4), clip(5, 4)]
+    clean = stage.process(rows)
+    assert clean[1] == Drop("bad_frames", "6 bytes that are no picture")
+    assert [type(outcome) for outcome in clean] == [Kept, Drop, *[Kept] * 4]
+    assert clean[3].rows[0] == {"video_text_score": None}
+    assert all(isinstance(clean[at].rows[0]["video_text_score"], float) for at in (0, 2, 4, 5))
+
+    encode = stage._scorer.embed_videos
+
+    def full(prepared):
+        return [Failure(OUT_OF_MEMORY, "full") if n == 1 else a for n, a in enumerate(encode(prepared))]  # fmt: skip
+
+    monkeypatch.setattr(stage._scorer, "embed_videos", full)
+    failed = stage.process(rows)
+    # The second good clip of the first batch, and of the second.
+    lost = [at for at in (0, 2, 4, 5) if failed[at].rows[0]["video_text_score"] is None]
+    assert lost == [2, 5]
+    for at in lost:
+        assert failed[at].rows[0]["provenance"][0]["note"] == "failed:out_of_memory"
+    assert [failed[at] for at in (0, 1, 3, 4)] == [clean[at] for at in (0, 1, 3, 4)]
+
+
+# ---------------------------------------------------------------------------- what is refused
+
+
+def rewritten(way, weights, viclip, tmp_path, change):
+    """Returns a path with the weights changed, or without those whose change is None."""
+    state = {k: v for k, v in {**viclip.state_dict(), **change}.items() if v is not None}
+    match way:
+        case "checkpoint":
+            folder = tmp_path / "step_00000003"
+            folder.mkdir()
+            save_file(state, folder / "model.safetensors")
+            meta = json.loads((weights[way] / "meta.json").read_text())
+            meta["bytes"]["model.safetensors"] = (folder / "model.safetensors").stat().st_size
+            (folder / "meta.json").write_text(json.dumps(meta))
+            return folder
+        case "export":
+            save_file(state, tmp_path / "model.safetensors")
+            (tmp_path / "viclip_config.json").write_bytes(
+                (weights[way] / "viclip_config.json").read_bytes()
+            )
+            return tmp_path
+        case "published":
+            torch.save({"model": state}, tmp_path / "v.pth")
+            return tmp_path / "v.pth"
+
+
+@pytest.mark.parametrize("way", ["checkpoint", "export", "published"])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"text_encoder.ln_final.bias": None}, r"missing text_encoder\.ln_final\.bias"),
+        ({"vision_encoder.conv1.weight": None}, r"missing vision_encoder\.conv1\.weight"),
+        ({"temp": None}, "missing temp"),
+        ({"vision_encoder.spare": torch.zeros(1)}, r"unexpected vision_encoder\.spare"),
+        (
+            {"text_encoder.ln_final.bias": torch.zeros(3)},
+            r"of another shape text_encoder\.ln_final\.bias \[3\] instead of \[64\]",
+        ),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_by_name(way, change, said, weights, viclip, tmp_path):
+    path = rewritten(way, weights, viclip, tmp_path, change)
+    with pytest.raises(DependencyError, match=said):
+        stage_of(path)
+
+
+@pytest.mark.parametrize("way", ["checkpoint", "export", "published"])
+def test_a_model_at_random_is_refused(way, weights, tmp_path):
+    random = make_viclip(fitted=False)
+    path = rewritten(way, weights, random, tmp_path, {})
+    with pytest.raises(DependencyError, match="scores a known pair wrongly") as caught:
+        stage_of(path)
+    assert "damaged" in caught.value.hint
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+@pytest.mark.parametrize("seed", range(3))
+def test_a_model_with_shuffled_weights_is_refused(tower, seed, weights, viclip, tmp_path):
+    """All names and shapes are right, and every number is there: only its place is not."""
+    rng = torch.Generator().manual_seed(seed)
+    projection = viclip.state_dict()[tower]
+    shuffled = projection[:, torch.randperm(projection.shape[1], generator=rng)].contiguous()
+    path = rewritten("export", weights, viclip, tmp_path, {tower: shuffled})
+    with pytest.raises(DependencyError, match="scores a known pair wrongly"):
+        stage_of(path)
+
+
+def test_paths_that_hold_no_viclip_are_refused_with_a_hint(weights, viclip, tmp_path):
+    run = weights["checkpoint"].parents[1]
+    with pytest.raises(DependencyError, match=r"neither meta\.json nor viclip_config") as caught:
+        stage_of(run)
+    assert caught.value.hint == f"name {weights['checkpoint']}"
+    with pytest.raises(DependencyError, match="No ViCLIP weights at"):
+        stage_of(tmp_path / "nowhere")
+    folder = rewritten("checkpoint", weights, viclip, tmp_path, {})
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(
+        json.dumps(meta | {"config": {"model": {"kind": "open_clip"}}})
+    )
+    with pytest.raises(DependencyError, match="holds a open_clip model"):
+        stage_of(folder)
+    (folder / "meta.json").write_text("[]")
+    with pytest.raises(DependencyError, match="Cannot be read"):
+        stage_of(folder)
+    (folder / "meta.json").write_text(json.dumps(meta))
+    whole = (folder / "model.safetensors").read_bytes()
+    for cut in (whole[:-1], whole[:100], b""):
+        (folder / "model.safetensors").write_bytes(cut)
+        with pytest.raises(DependencyError, match=r"model\.safetensors was cut off"):
+            stage_of(folder)
+
+
+class Evil:
+    def __reduce__(self):
+        return (sys.exit, ("a file ran code",))
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [{"model": {"w": Evil()}}, {"model": 3}, {"epoch": 1}, [1, 2], {"model": {"a": torch.ones(1)}}],
+    ids=["code", "number", "nothing", "list", "another"],
+)
+def test_published_files_are_read_as_weights_alone(payload, tmp_path):
+    torch.save(payload, tmp_path / "v.pth")
+    with pytest.raises(DependencyError, match=r"v\.pth"):
+        stage_of(tmp_path / "v.pth")
+    (tmp_path / "v.pth").write_bytes(b"no file of torch")
+    with pytest.raises(DependencyError, match="Cannot be read as weights alone"):
+        stage_of(tmp_path / "v.pth")
+
+
+def test_needs_name_the_weights():
+    needs = ViCLIPScorerConfig(weights="w.pth").needs()
+    assert needs == (Package("open_clip"), Weights("file", "w.pth"))
+
+
+# --------------------------------------------------------------------------------- InternVideo2
+
+
+@pytest.fixture(scope="module")
+def internvideo2(tmp_path_factory):
+    """A stage-2 checkpoint of one layer each that knows the known pairs, and its settings."""
+    from transformers import BertConfig, BertModel, BertTokenizer
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    root = tmp_path_factory.mktemp("internvideo2")
+    texts = [pair.text for pair in KNOWN_PAIRS]
+    words = sorted({word for text in texts for word in clean_caption(text).split()})
+    tokenizer = BertTokenizer(
+        vocab={
+            word: i
+            for i, word in enumerate(
+                ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", *words]
+            )
+        }
+    )  # fmt: skip
+    tokenizer.save_pretrained(root / "tokenizer")
+    shape = InternVideo2Config(
+        image_size=28, num_frames=2, width=64, layers=1, heads=4, mlp_width=96, pool_heads=4,
+        embed_dim=32,
+    )  # fmt: skip
+    text_config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=1, num_attention_heads=1,
+        intermediate_size=96, max_position_embeddings=16, hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    parts = torch.nn.ModuleDict(
+        {
+            "vision": InternVideo2(shape),
+            "text": BertModel(text_config, add_pooling_layer=False),
+            "vision_proj": torch.nn.Linear(32, 16),
+            "text_proj": torch.nn.Linear(64, 16),
+        }
+    )
+    pictures = [
+        np.asarray(Image.fromarray(pair.draw()).resize((28, 28), Image.Resampling.BICUBIC))
+        for pair in KNOWN_PAIRS
+    ]
+    pixels = (np.stack(pictures) / 255 - IMAGENET_MEAN) / IMAGENET_STD
+    frames = torch.tensor(pixels, dtype=torch.float32).permute(0, 3, 1, 2)
+    clips = frames[:, None].expand(-1, 2, -1, -1, -1)
+    tokens = tokenizer(texts, padding="max_length", max_length=16, return_tensors="pt")
+
+    def normal(features):
+        return torch.nn.functional.normalize(features, dim=-1)
+
+    fit(
+        parts,
+        lambda: normal(parts["vision_proj"](parts["vision"](clips)[1])),
+        lambda: normal(
+            parts["text_proj"](
+                parts["text"](
+                    input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
+                ).last_hidden_state[:, 0]
+            )
+        ),
+    )
+    names = {"vision": "vision_encoder", "text": "text_encoder.bert"}
+    state = {}
+    for name, part in parts.items():
+        state |= {f"{names.get(name, name)}.{key}": v for key, v in part.state_dict().items()}
+    torch.save(
+        {"module": {f"module.{name}": value for name, value in state.items()}}, root / "s.pt"
+    )
+    settings = {
+        "weights": str(root / "s.pt"), "tokenizer": str(root / "tokenizer"), "num_frames": 2,
+        "heads": 4, "pool_heads": 4, "max_tokens": 16,
+    }  # fmt: skip
+    return state, settings
+
+
+def internvideo2_stage(settings):
+    config = {"model": InternVideo2ScorerConfig(**settings)}
+    stage = ScoreVideoTextStage(ScoreVideoTextStage.Config(**config))
+    stage.setup()
+    return stage
+
+
+def test_internvideo2_reaches_the_shard(internvideo2, tmp_path):
+    """Clips of the known pictures fit their own texts, whatever else is in the batch."""
+    stage = internvideo2_stage(internvideo2[1])
+    rows = []
+    for number, pair in enumerate(KNOWN_PAIRS):
+        row = clip(number, 5, pair.text)
+        rows.append(row | {"frames": [jpeg_encode(pair.draw())] * 5})
+        wrong = KNOWN_PAIRS[(number + 1) % len(KNOWN_PAIRS)].text
+        rows.append(clip(100 + number, 5, wrong) | {"frames": rows[-1]["frames"]})
+    read = through_a_shard(tmp_path / "corpus", stage, [*rows, clip(200, 3, None)])
+    assert read.pop() == (None, [])
+    scores = [score for score, _ in read]
+    assert min(np.subtract(scores[::2], scores[1::2])) > 0.1
+    for _, (entry,) in read:
+        assert (entry["model"], entry["note"]) == ("internvideo2:s", None)
+    alone = [stage.process([row])[0].rows[0]["video_text_score"] for row in rows]
+    assert alone == pytest.approx(scores, abs=0.02 if torch.cuda.is_available() else 1e-5)
+
+
+@pytest.mark.parametrize("part", ["vision_proj.weight", "text_proj.weight"])
+def test_internvideo2_with_shuffled_weights_is_refused(part, internvideo2, tmp_path):
+    state, settings = internvideo2
+    rng = torch.Generator().manual_seed(0)
+    shuffled = state[part][torch.randperm(len(state[part]), generator=rng)]
+    torch.save({"module": {**state, part: shuffled}}, tmp_path / "s.pt")
+    with pytest.raises(DependencyError, match="scores a known pair wrongly"):
+        internvideo2_stage({**settings, "weights": str(tmp_path / "s.pt")})
+
+
+def test_internvideo2_files_are_read_as_weights_alone(internvideo2, tmp_path):
+    torch.save({"module": {"w": Evil()}}, tmp_path / "s.pt")
+    with pytest.raises(DependencyError, match="Cannot be read as weights alone"):
+        internvideo2_stage({**internvideo2[1], "weights": str(tmp_path / "s.pt")})
