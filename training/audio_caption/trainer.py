@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch.utils.data import DataLoader
 
-from dataengine.errors import ConfigError, DependencyError
+from dataengine.errors import ConfigError, DependencyError, EngineError
 from dataengine.networks.audio_qformer import (
     AudioQFormer,
     CaptionerFile,
@@ -134,10 +134,17 @@ class AudioCaptionTrainer:
                 "train with the recipe it was written with, or into another --output, "
                 "or set it aside with --no-resume",
             )
+        recipe = self._config.model_dump(mode="json")
+        before = meta["config"].get("recipe") or {}
+        changed = [name for name in recipe if before.get(name) != recipe[name]]
+        if set(changed) - {"run", *moved}:
+            logger.warning("the recipe differs from the checkpoint's in %s", ", ".join(changed))
         checkpoint.load_weights(folder, self._qformer)
         state = checkpoint.load_state(folder)
         self._optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["random"])
+        torch.set_rng_state(state["random"]["cpu"])
+        if self._device == "cuda" and "cuda" in state["random"]:
+            torch.cuda.set_rng_state(state["random"]["cuda"])
         self.step = meta["step"]
         logger.info("going on from step %d", self.step)
 
@@ -148,6 +155,7 @@ class AudioCaptionTrainer:
             len(self._sounds), config.data.batch_size, config.run.seed, self.step, self.total_steps
         )
         losses: list[float] = []
+        begun = self.step
         self._qformer.train()
         for waves, captions in self._batches(self._sounds, order):
             rate = learning_rate(self.step, self.total_steps, config.optim)
@@ -163,9 +171,10 @@ class AudioCaptionTrainer:
                     "step %d of %d  loss %.4f  lr %.2e", self.step, self.total_steps, mean, rate
                 )
             if self.step % config.run.checkpoint_every == 0 or self.step == self.total_steps:
+                # What was written stands for something learnt, for a run that goes on from it too.
+                if not losses and not begun:
+                    raise ConfigError("No sound could be decoded", "warnings above say why")
                 self._save()
-        if not losses and self.step < self.total_steps:
-            raise ConfigError("No sound could be decoded", "warnings above say why")
         self._qformer.eval()
         save_qformer(self._output, self._qformer, self._file)
         return losses
@@ -194,6 +203,9 @@ class AudioCaptionTrainer:
             batch_sampler=order,
             num_workers=data.num_workers,
             collate_fn=collate,
+            # It draws a seed for its workers whenever it begins: from the generator of dropout, a run
+            # that goes on would have drawn once more than one that was never stopped.
+            generator=torch.Generator(),
         )
 
     def _loss(self, waves: Any, captions: Any) -> torch.Tensor:
@@ -203,6 +215,12 @@ class AudioCaptionTrainer:
 
     def _train_on(self, waves: Any, captions: Any) -> float:
         loss = self._loss(waves, captions)
+        if not torch.isfinite(loss):
+            raise EngineError(
+                f"The loss is {float(loss.detach())} at step {self.step}",
+                "lower it with --set optim.lr=..., or clip with --set optim.grad_clip=1; "
+                "the last checkpoint is from before",
+            )
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if self._config.optim.grad_clip:
@@ -215,10 +233,17 @@ class AudioCaptionTrainer:
             self._output,
             step=self.step,
             model=self._qformer,
-            state={"optimizer": self._optimizer.state_dict(), "random": torch.get_rng_state()},
+            state={"optimizer": self._optimizer.state_dict(), "random": self._random()},
             config=cast(Any, _Resolved(self._config, self._file)),
             keep=self._config.run.keep_checkpoints,
         )
+
+    def _random(self) -> dict[str, torch.Tensor]:
+        """Returns the states of the generators that dropout draws from."""
+        states = {"cpu": torch.get_rng_state()}
+        if self._device == "cuda":
+            states["cuda"] = torch.cuda.get_rng_state()
+        return states
 
 
 class _Resolved:
