@@ -7,8 +7,12 @@ from typing import Annotated
 import pytest
 from pydantic import Field
 
+from dataengine import actions, discover
 from dataengine.config import load_pipeline, parse_pipeline
 from dataengine.errors import ConfigError
+from dataengine.models import translator
+from dataengine.models.audio import SOUND_PROMPT, TAG_PROMPT
+from dataengine.models.captioner import MERGE_VARIABLES, VLM_VARIABLES
 from dataengine.models.fusion import LLM_VARIABLES, TEMPLATE_VARIABLES
 from dataengine.prompts import (
     PromptFile,
@@ -165,12 +169,44 @@ def test_a_default_prompt_is_checked_too(tmp_path, monkeypatch):
         load_pipeline(PROJECT / "pipelines" / "quickstart.yaml")
 
 
+USERS = {
+    "caption_clip": VLM_VARIABLES,
+    "caption_sound": SOUND_PROMPT,
+    "extract_actions": actions.PROMPT_VARIABLES,
+    "fuse_llm": LLM_VARIABLES,
+    "fuse_template": TEMPLATE_VARIABLES,
+    "merge_scales": MERGE_VARIABLES,
+    "sound_tags": TAG_PROMPT,
+    "translate": translator.PROMPT_VARIABLES,
+    "translate_query": discover.PROMPT_VARIABLES,
+}
+
+
 def test_every_prompt_file_is_listed_and_fits_its_user():
-    listed = (PROJECT / "prompts" / "README.md").read_text()
-    for file in sorted((PROJECT / "prompts").glob("*.yaml")):
-        assert f"`{file.name}`" in listed, file.name
-    load_prompt("prompts/fuse_template.v1.yaml", TEMPLATE_VARIABLES)
-    load_prompt("prompts/fuse_llm.v1.yaml", LLM_VARIABLES)
+    rows = {
+        line.split("|")[1].strip(): line
+        for line in (PROJECT / "prompts" / "README.md").read_text().splitlines()
+        if line.startswith("| `")
+    }
+    files = sorted((PROJECT / "prompts").glob("*.yaml"))
+    assert set(rows) == {f"`{file.name}`" for file in files}
+    assert set(USERS) == {file.name.split(".")[0] for file in files}
+    for file in files:
+        variables = USERS[file.name.split(".")[0]]
+        load_prompt(f"prompts/{file.name}", variables)
+        for word in {*variables}.union(*variables.values()):
+            assert f"`{word}`" in rows[f"`{file.name}`"], (file.name, word)
+
+
+def test_prompts_have_natural_paragraphs():
+    """No line break inside a sentence, and JSON as a model is to write it."""
+    for name, variables in USERS.items():
+        texts = load_prompt(f"prompts/{name}.v1.yaml", variables).texts
+        for key in set(texts) - {"tags"}:
+            lines = [line for line in texts[key].splitlines() if line]
+            assert all(re.search(r"[.:,}\"]$", line) for line in lines), (name, key)
+            assert not any(line != line.strip() for line in lines), (name, key)
+            assert "{{" not in texts[key], (name, key)
 
 
 # ------------------------------------------------------------------------------- texts of clips
