@@ -71,14 +71,15 @@ def pitch_track(spectra_TF: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     (Boersma 1993); of the peaks within 8 % of the highest the shortest lag wins, which avoids
     octave errors.
     """
-    band = spectra_TF.copy()
-    band[:, : 80 * FFT // RATE] = 0
-    band[:, 1500 * FFT // RATE :] = 0
-    correlation = np.fft.irfft(band, axis=1)[:, : RATE // 75 + 1]
+    low, high = 80 * FFT // RATE, 1500 * FFT // RATE
+    first, last = RATE // 400, RATE // 75
+    # The inverse transform at the few lags that are asked for, of the few bins that are not zero.
+    bins, asked = np.arange(low, high), np.array([0, *range(first, last + 1)])
+    cosines = (np.cos(2 * np.pi / FFT * np.outer(bins, asked)) * (2 / FFT)).astype(np.float32)
+    correlation = spectra_TF[:, low:high] @ cosines
     window = np.fft.irfft(np.abs(np.fft.rfft(np.hanning(_WINDOW), FFT)) ** 2)
-    first = RATE // 400
-    lags = correlation[:, first:] / (correlation[:, :1] + 1e-9)
-    lags /= (window[first : first + lags.shape[1]] / window[0]).astype(np.float32)
+    lags = correlation[:, 1:] / (correlation[:, :1] + 1e-9)
+    lags /= (window[first : last + 1] / window[0]).astype(np.float32)
     best = lags.max(axis=1)
     peak = lags >= 0.92 * best[:, None]
     peak[:, 1:-1] &= (lags[:, 1:-1] >= lags[:, :-2]) & (lags[:, 1:-1] >= lags[:, 2:])
