@@ -447,3 +447,9 @@ def test_a_pipeline_that_is_none_ends_with_2(tmp_path, monkeypatch, capsys):
         cli.main()
     assert ended.value.code == 2
     assert "no.yaml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["doctor", "prefetch", "plan"])
+def test_help_says_what_the_exit_status_means(command):
+    said = CliRunner().invoke(cli.app, [command, "--help"]).output
+    assert "Exit status: 0" in " ".join(said.split())

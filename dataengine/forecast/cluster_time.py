@@ -1,11 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long a cluster needs for work that is known, by what is scarcest: cores, GPUs or actors."""
+"""How long a cluster needs for work that is known, by what is scarcest: cores, GPUs or actors.
+
+`ClusterTime` gives the least time; `WallTime` adds what a run takes beyond it.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from dataengine.pools import Pool
+
+WALL_NOISE = 0.3
+"""Standard deviation of the logarithm of the time to start, load and wait, between two runs.
+
+It is mostly other work on the machine: actors of the quickstart pipeline took 11 to 19 s to set up.
+"""
 
 
 @dataclass(frozen=True)
@@ -54,3 +65,42 @@ class ClusterTime:
 def pool_name(pool: Pool) -> str:
     """Returns how a pool is called where it is what decides."""
     return "actors of " + " + ".join(cls.name for cls, _ in pool.stages)
+
+
+@dataclass(frozen=True)
+class WallTime:
+    """What a sample took beyond the least time of its work, and what that says of a whole run.
+
+    Attributes:
+        start_s: Until the first actor could work: paid once.
+        overhead_s: The rest: pipelines fill and drain, actors load and wait for each other. How much of
+            it is paid once and how much grows with the work, one sample cannot tell.
+        bound_s: Least time of the sample's work, from `ClusterTime`.
+    """
+
+    start_s: float
+    overhead_s: float
+    bound_s: float
+
+    @classmethod
+    def of(cls, whole_s: float, start_s: float | None, bound_s: float) -> "WallTime":
+        """Returns the parts of a sample's time; a start that was not seen takes all of the rest."""
+        rest = max(0.0, whole_s - bound_s)
+        start = rest if start_s is None else min(start_s, rest)
+        return cls(start, rest - start, bound_s)
+
+    def total(self, work_s: Any, growing: Any) -> Any:
+        """Returns the seconds of a run.
+
+        Args:
+            work_s: Least time of its work, a number or an array of draws.
+            growing: Share of the overhead that grows with the work, 0 to 1, the same.
+        """
+        growth = work_s / self.bound_s if self.bound_s > 0 else 1.0
+        return self.start_s + work_s + self.overhead_s * (1 + growing * (growth - 1))
+
+    def draws(self, work_s: np.ndarray, seed: int) -> np.ndarray:
+        """Returns totals with every growing share alike, and the noise of waiting, for draws of the work."""
+        rng = np.random.default_rng([seed, 2])
+        waiting = self.total(work_s, rng.uniform(0, 1, len(work_s))) - work_s
+        return work_s + waiting * np.exp(rng.normal(0, WALL_NOISE, len(work_s)))

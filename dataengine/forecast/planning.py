@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import NormalDist
 
 import numpy as np
 from rich.console import Console
@@ -13,12 +14,13 @@ from rich.console import Console
 from dataengine.config import Pipeline
 from dataengine.doctor import devices_of
 from dataengine.errors import ConfigError
-from dataengine.forecast.bootstrap import COVERAGE, NUM_DRAWS, Estimate
-from dataengine.forecast.cluster_time import ClusterTime, pool_name
+from dataengine.forecast.bootstrap import COVERAGE, NUM_DRAWS, RUN_NOISE, SMALL_SAMPLE, Estimate
+from dataengine.forecast.cluster_time import WALL_NOISE, ClusterTime, WallTime, pool_name
 from dataengine.forecast.kept_plan import existing
 from dataengine.forecast.result import Forecast, Range, StagePlan
 from dataengine.forecast.sample_run import (
     COUNT,
+    SampleTime,
     Sources,
     Workplace,
     draw,
@@ -87,11 +89,11 @@ def make_forecast(
         )
         sample = write_sample(plan, {sources.names[i] for i in chosen}, folder)
         with Workplace(folder, corpus_url, address) as place:
-            snapshot, seconds = run_sample(pipeline, sample, place, console, address)
+            snapshot, sample_time = run_sample(pipeline, sample, place, console, address)
             measured = measure(place, snapshot, [sources.names[i] for i in chosen])
     estimate = Estimate.of(measured, sources, chosen, seed)
     return _forecast(
-        pipeline, snapshot, estimate, sources, seconds, seed,
+        pipeline, snapshot, estimate, sources, sample_time, seed,
         pools=pools, own_pools=plan_pools(pipeline.stages, *own),
         cluster=cluster or own, own=own, num_refused=plan.num_refused,
     )  # fmt: skip
@@ -122,7 +124,7 @@ def _forecast(
     snapshot: Snapshot,
     estimate: Estimate,
     sources: Sources,
-    sample_s: float,
+    sample_time: SampleTime,
     seed: int,
     *,
     pools: Sequence[Pool],
@@ -144,7 +146,6 @@ def _forecast(
     setup_s = {
         name: counts.setup_s / max(1, counts.num_actors) for name, counts in snapshot.stages.items()
     }
-    # What the sample took beyond its own work: starting Ray, loading models, filling and draining.
     own_work = {
         kind: {
             name: sum(
@@ -156,7 +157,7 @@ def _forecast(
     }
     own_busy = {n: max(0.0, own_work["busy_s"][n] - own_work["wait_s"][n]) for n in names}
     own_bound = max(ClusterTime(own_pools, *own).bounds(own_work["cpu_s"], own_busy).values())
-    start_s = max(0.0, sample_s - own_bound)
+    wall = WallTime.of(sample_time.whole_s, sample_time.start_s, own_bound)
 
     speed = ClusterTime(pools, *cluster)
     bounds = speed.bounds(values["cpu_s"], values["busy_s"])
@@ -167,7 +168,7 @@ def _forecast(
 
     stages = []
     scale = estimate.num_sources / estimate.num_sampled
-    total_setup_s = total_setup_gpu_s = 0.0
+    total_setup_s = total_setup_gpu_s = least_setup_s = most_setup_s = 0.0
     for pool in pools:
         most = speed.most_actors(pool)
         pool_busy = sum(values["busy_s"][cls.name] for cls, _ in pool.stages)
@@ -177,6 +178,8 @@ def _forecast(
             once = setup_s.get(name, 0.0)
             total_setup_s += once * actors
             total_setup_gpu_s += once * actors * pool.num_gpus
+            least_setup_s += once * pool.min_actors
+            most_setup_s += once * most
             busy = values["busy_s"][name]
             stages.append(
                 StagePlan(
@@ -192,6 +195,7 @@ def _forecast(
                     bytes_out=counts.bytes_out * scale,
                 )
             )
+    slack = math.exp(WALL_NOISE * NormalDist().inv_cdf((1 + COVERAGE) / 2))
     totals = {
         "cpu_s": estimate.spread(
             sum(values["cpu_s"].values()), sum(draws["cpu_s"].values(), zeros)
@@ -200,8 +204,9 @@ def _forecast(
             sum(values["gpu_s"].values()) + total_setup_gpu_s,
             sum(draws["gpu_s"].values(), zeros) + total_setup_gpu_s,
         ),
-        "setup_s": Range(total_setup_s, total_setup_s, total_setup_s),
-        "wall_s": estimate.spread(start_s + work_s, start_s + drawn_s),
+        # Between the fewest and the most actors, slow to load or fast.
+        "setup_s": Range(total_setup_s, least_setup_s / slack, most_setup_s * slack),
+        "wall_s": estimate.spread(wall.total(work_s, 0.5), wall.draws(drawn_s, seed)),
         **{
             name: estimate.share(name)
             for name in ("videos_kept", "videos_dropped", "videos_failed")
@@ -224,14 +229,14 @@ def _forecast(
         num_sources=estimate.num_sources,
         num_refused=num_refused,
         num_sampled=estimate.num_sampled,
-        sample_s=round(sample_s, 1),
+        sample_s=round(sample_time.whole_s, 1),
         num_cpus=cluster[0],
         num_gpus=cluster[1],
         stages=tuple(stages),
         totals=totals,
         losses=losses,
         bottleneck=_bottleneck(binding, pools, values),
-        assumptions=_assumptions(estimate, sources, start_s, cluster != own),
+        assumptions=_assumptions(estimate, sources, wall, cluster != own),
     )
 
 
@@ -247,21 +252,25 @@ def _bottleneck(
 
 
 def _assumptions(
-    estimate: Estimate, sources: Sources, start_s: float, is_elsewhere: bool
+    estimate: Estimate, sources: Sources, wall: WallTime, is_elsewhere: bool
 ) -> tuple[str, ...]:
     used = set(estimate.scaled_by.values()) - {COUNT}
     lines = []
+    noise = f"{RUN_NOISE:.0%} from run to run for CPU and GPU time"
     if estimate.num_sampled == estimate.num_sources:
-        lines.append(
-            "the sample is the whole list: ranges are empty, and a run would do the same again"
-        )
+        lines.append(f"the sample is the whole list: ranges hold only what differs, {noise}")
     else:
         lines.append(
-            f"sources not drawn are like those drawn; ranges hold in {COVERAGE:.0%} of cases "
-            "(bootstrap over the sampled videos)"
+            f"sources not drawn are like those drawn; ranges aim at {COVERAGE:.0%} of cases "
+            f"(bootstrap over the sampled videos, and {noise})"
         )
     if estimate.num_sampled == 1 < estimate.num_sources:
         lines.append("one video gives no range: raise --sample")
+    if estimate.num_sampled < min(SMALL_SAMPLE, estimate.num_sources):
+        lines.append(
+            f"{estimate.num_sampled} of {estimate.num_sources:,} sources are a small sample: "
+            f"--sample {min(SMALL_SAMPLE, estimate.num_sources)} or more narrows the ranges"
+        )
     if used:
         lines.append(
             f"scaled by {' and '.join(sorted(used))} where that explains a cost, else by {COUNT}"
@@ -269,7 +278,10 @@ def _assumptions(
     else:
         why = "" if sources.sizes else " (their sizes are not known)"
         lines.append(f"scaled by {COUNT}{why}")
-    lines.append(f"{start_s:.0f} s to start, load and drain, as in the sample; load shared evenly")
+    lines.append(
+        f"{wall.start_s:.0f} s to start; of {wall.overhead_s:.0f} s of filling, loading and waiting "
+        "in the sample none to all grows with the work; other work on the machine as in the sample"
+    )
     if is_elsewhere:
         lines.append("cores, GPUs, disks and network there are as fast as where the sample ran")
     lines.append("without the CPU of Ray itself and of the process that fetches URLs")

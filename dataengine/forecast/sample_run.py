@@ -103,11 +103,37 @@ class Workplace:
             self._corpus.fs.rm(self._corpus.root, recursive=True)
 
 
+class _StartClock(ProgressDisplay):
+    """Progress that notes when the first actor was ready."""
+
+    ready: float | None = None
+
+    def show(self, snapshot: Snapshot) -> None:
+        """Draws a state."""
+        if self.ready is None and snapshot.stages:
+            self.ready = time.monotonic()
+        super().show(snapshot)
+
+
+@dataclass(frozen=True)
+class SampleTime:
+    """Seconds of the wall that a sample took.
+
+    Attributes:
+        whole_s: In all.
+        start_s: Until the first actor could work; None where that was not seen.
+    """
+
+    whole_s: float
+    start_s: float | None
+
+
 def run_sample(
     pipeline: Pipeline, sample: Plan, corpus: Corpus, console: Console, address: str | None
-) -> tuple[Snapshot, float]:
+) -> tuple[Snapshot, SampleTime]:
     """Runs the sample; returns what every stage has done, and the seconds it took."""
-    from dataengine.runner import execute
+    start = time.monotonic()
+    from dataengine.runner import execute  # a run waits for this import as well
 
     cache = corpus.path("cache") if corpus.is_local else ""
     stages = tuple(
@@ -120,10 +146,11 @@ def run_sample(
     run_id = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-plan"
     corpus.take_over(run_id)
     names = [cls.name for cls, _ in pipeline.stages]
-    start = time.monotonic()
-    with ProgressDisplay(console, names, sample.num_todo) as display:
+    clock = _StartClock(console, names, sample.num_todo)
+    with clock as display:
         snapshot = execute(working, corpus, run_id, sample, address=address, display=display)
-    return snapshot, time.monotonic() - start
+    ready_s = None if clock.ready is None else clock.ready - start
+    return snapshot, SampleTime(time.monotonic() - start, ready_s)
 
 
 def measure(corpus: Corpus, snapshot: Snapshot, sources: Sequence[str]) -> dict[str, list[float]]:

@@ -51,7 +51,11 @@ def load_model(
     Raises:
         DependencyError: If the model is not there or does not fit its class.
     """
+    from transformers.utils import logging
+
     place = torch_device(device)
+    # A bar for every actor that loads would break into the display of the run.
+    logging.disable_progress_bar()
     options = {"revision": revision} if revision and not Path(name).is_dir() else {}
     try:
         model, info = cls.from_pretrained(
