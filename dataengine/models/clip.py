@@ -267,7 +267,7 @@ def check_clip(scorer: ClipScorer) -> None:
     """Lets a scorer prove itself on known pairs.
 
     Raises:
-        DependencyError: If it prefers a wrong text for any picture.
+        DependencyError: If it prefers a wrong text more often than `check_known_pairs` allows.
     """
     pictures = [scorer.prepare(pair.draw()) for pair in KNOWN_PAIRS]
     texts = [pair.text for pair in KNOWN_PAIRS]

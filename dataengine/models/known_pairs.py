@@ -3,8 +3,18 @@
 
 A model with damaged weights, another model's preprocessing or the wrong activation gives numbers
 that look like any other. The pictures are plain enough for every image-text model, and differ in colour,
-shape and ground at once, so that no model needs to know which colour belongs to which thing. By luck a
-model passes once in ``len(KNOWN_PAIRS) ** len(KNOWN_PAIRS)`` times, 1 in 46,656.
+shape and ground at once, so that no model needs to know which colour belongs to which thing.
+
+Each picture's own text is compared with the five others: 30 comparisons, of which a model may lose
+one. Two texts of a picture can still be close: "blue square on orange" and "yellow circle on blue" share
+blue, the two on white share their ground, and which colour belongs to which thing is what image-text
+models are weakest at (Yuksekgonul et al. 2023, arXiv 2210.01936). A good model that loses one such
+comparison should score all the same; two lost ones it has no excuse for.
+
+Chance, where every order of the six texts is as likely as any other, for each picture by itself: no
+comparison is lost in 1 of 6^6 cases; one alone is lost where one picture has its own text second, 6
+of them. So 7 in 46,656, 1 in 6,665, pass; that five of six pictures be right would let 31 pass. A model
+whose texts all look alike, or that prefers the same text for each picture, loses 15 comparisons or more.
 
 P pictures, D embedding width.
 """
@@ -74,11 +84,14 @@ KNOWN_PAIRS = (
     KnownPair("purple"),
 )
 
+MAX_LOST = 1
+"""Comparisons that a model may lose."""
+
 
 def check_known_pairs(
     model: str, pictures: Sequence[np.ndarray | Failure], texts: Sequence[np.ndarray | Failure]
 ) -> None:
-    """Raises unless every picture is closer to its own text than to any other.
+    """Raises unless every picture is closer to its own text than to any other, but for one comparison.
 
     Args:
         model: What to call it in the message.
@@ -86,7 +99,7 @@ def check_known_pairs(
         texts: Unit embedding [D] of the text of each.
 
     Raises:
-        DependencyError: With the first pair that is judged wrongly.
+        DependencyError: With the first comparison that is lost.
     """
     for answer in (*pictures, *texts):
         if isinstance(answer, Failure):
@@ -95,14 +108,16 @@ def check_known_pairs(
                 "a smaller model, or a larger GPU, is needed",
             )
     cosines_PP = np.stack(pictures) @ np.stack(texts).T  # pyright: ignore[reportCallIssue,reportArgumentType]  no Failure is left
-    for number, pair in enumerate(KNOWN_PAIRS):
-        row = cosines_PP[number]
-        wrong = np.where(np.arange(len(row)) == number, -np.inf, row)
-        # Not `<=`: embeddings that are not numbers are no proof either.
-        if not row[number] > wrong.max():
-            other = KNOWN_PAIRS[int(np.argmax(wrong))].text
-            raise DependencyError(
-                f"{model} scores a known pair wrongly: {pair.text!r} {row[number]:.3f}, "
-                f"{other!r} {wrong.max():.3f} for the same picture",
-                "the weights are damaged, not this model's, or of a model that was hardly trained",
-            )
+    # Not `<=`: embeddings that are not numbers are no proof either.
+    lost_PP = ~(np.diagonal(cosines_PP)[:, None] > cosines_PP)
+    np.fill_diagonal(lost_PP, False)
+    lost = np.argwhere(lost_PP)
+    if len(lost) > MAX_LOST:
+        picture, text = lost[0]
+        raise DependencyError(
+            f"{model} scores a known pair wrongly: {KNOWN_PAIRS[picture].text!r} "
+            f"{cosines_PP[picture, picture]:.3f}, {KNOWN_PAIRS[text].text!r} "
+            f"{cosines_PP[picture, text]:.3f} for the same picture; it loses "
+            f"{len(lost)} of {lost_PP.size - len(lost_PP)} such comparisons, {MAX_LOST} is allowed",
+            "the weights are damaged, not this model's, or of a model that was hardly trained",
+        )

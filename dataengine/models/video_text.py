@@ -187,7 +187,7 @@ def check_video_text(scorer: VideoTextScorer) -> None:
     """Lets a scorer prove itself on known pairs, shown as clips in which nothing moves.
 
     Raises:
-        DependencyError: If it prefers a wrong text for any clip.
+        DependencyError: If it prefers a wrong text more often than `check_known_pairs` allows.
     """
     clips = [np.stack([scorer.prepare(pair.draw())] * scorer.num_frames) for pair in KNOWN_PAIRS]
     texts = [pair.text for pair in KNOWN_PAIRS]
