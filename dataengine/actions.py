@@ -8,9 +8,10 @@ counted by reason. A piece that the model fails on is counted and passed over.
 
 import json
 import logging
+import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -231,12 +232,45 @@ def phrases_of(
     ]
 
 
+def kept_answers(path: Path) -> dict[str, str]:
+    """Returns the answers that an earlier run has kept: key -> answer; a damaged line is none."""
+    found: dict[str, str] = {}
+    if path.exists():
+        for line in path.read_bytes().splitlines():
+            try:
+                row = json.loads(line)
+                found[str(row["key"])] = str(row["answer"])
+            except (ValueError, TypeError, KeyError, RecursionError):
+                continue  # asked again
+    return found
+
+
+def _keep_answers(path: Path, answers: Mapping[str, str]) -> None:
+    """Adds answers for good; a line that was half written before is ended first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps({"key": key, "answer": answer}) for key, answer in answers.items()]
+    with open(path, "ab") as file:
+        file.write(("\n" * (file.tell() > 0) + "\n".join(lines)).encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def extract_actions(
-    parts: Sequence[Piece], model: LanguageModel, settings: ExtractSettings
+    parts: Sequence[Piece],
+    model: LanguageModel,
+    settings: ExtractSettings,
+    answers_file: Path | None = None,
 ) -> tuple[list[Label], dict[str, Any]]:
     """Returns the phrases that a model finds in pieces of text, in order, and what is noted of it.
 
     The notes count the pieces that failed, by reason: they gave no phrases.
+
+    Args:
+        parts: Pieces of the corpus.
+        model: Who is asked.
+        settings: How.
+        answers_file: Keeps usable answers, so that a run that was stopped goes on; they count for the
+            same question to the same model. None keeps none.
 
     Raises:
         EngineError: If no piece can be answered, because the model is away.
@@ -244,14 +278,21 @@ def extract_actions(
     prompt = load_prompt(settings.prompt, PROMPT_VARIABLES)
     labels: list[Label] = []
     failed: Counter[str] = Counter()
+    kept = kept_answers(answers_file) if answers_file is not None else {}
     for start in range(0, len(parts), settings.questions_per_call):
         group = parts[start : start + settings.questions_per_call]
         requests = [
             question(start + number, piece, prompt, settings) for number, piece in enumerate(group)
         ]
-        answers = model.answer(requests)
-        for request, piece in zip(requests, group, strict=True):
-            answer = answers.get(request.id, Failure(BAD_OUTPUT, "no answer"))
+        keys = [
+            digest(model.model, model.revision, request.system, request.prompt)
+            for request in requests
+        ]
+        missing = [request for request, key in zip(requests, keys, strict=True) if key not in kept]
+        answers = model.answer(missing) if missing else {}
+        new: dict[str, str] = {}
+        for request, key, piece in zip(requests, keys, group, strict=True):
+            answer = kept.get(key) or answers.get(request.id, Failure(BAD_OUTPUT, "no answer"))
             found = phrases_of(answer, piece, settings)
             if isinstance(found, Failure):
                 failed[found.reason] += 1
@@ -259,6 +300,10 @@ def extract_actions(
                 logger.warning("%s, line %d: %s", piece.input, piece.line, why)
             else:
                 labels += found
+                if isinstance(answer, str) and key not in kept:
+                    new[key] = answer
+        if new and answers_file is not None:
+            _keep_answers(answers_file, new)
         logger.info("%d of %d pieces of text", start + len(group), len(parts))
     notes = {
         "model": model.model,

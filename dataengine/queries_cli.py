@@ -67,7 +67,10 @@ def build(
         str | None, typer.Option(help="Prompt file, instead of prompts/extract_actions.v1.yaml.")
     ] = None,
 ) -> None:
-    """Merge labels of datasets and actions found in texts into one list of queries."""
+    """Merge labels of datasets and actions found in texts into one list of queries.
+
+    Run it again to go on: answers of the language model are kept beside the list.
+    """
     from dataengine import actions
     from dataengine import queries as q
 
@@ -76,7 +79,8 @@ def build(
     if texts and not (llm or overrides):
         raise ConfigError("Texts need a language model", "name one by --llm FILE.yaml")
     read_only = {path.resolve() for path in (*(labels or ()), *(texts or ()))}
-    written = [output, output.with_name(f"{output.name}.json"), *([report] if report else [])]
+    beside = [output.with_name(f"{output.name}.{end}") for end in ("json", "answers.jsonl")]
+    written = [output, *beside, *([report] if report else [])]
     for path in written:
         if path.resolve() in read_only or written.count(path) > 1:
             raise ConfigError(f"{path} would be written over", "name another --output or --report")
@@ -97,7 +101,12 @@ def build(
             )
             parts += new
             inputs.append(q.file_record(path, len(new)) | {"kind": "texts"})
-        extracted, notes = actions.extract_actions(parts, load_llm(llm, overrides or []), extract)
+        extracted, notes = actions.extract_actions(
+            parts,
+            load_llm(llm, overrides or []),
+            extract,
+            output.with_name(f"{output.name}.answers.jsonl"),
+        )
         found += extracted
         about["extraction"] = notes | {"settings": extract.model_dump()}
     merged, ended = q.merge(found, settings)

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from dataengine import actions, queries
 from dataengine.actions import ExtractSettings, Piece, extract_actions, pieces, split_text
-from dataengine.errors import ConfigError
+from dataengine.errors import ConfigError, EngineError
 from dataengine.models.answers import Failure
 from dataengine.phrases import plain_phrase, word_stem
 from dataengine.queries import Label, MergeSettings, merge, read_labels
@@ -329,6 +329,35 @@ def test_nonsense_costs_a_piece_and_nothing_else(tmp_path, answer, outcomes, fai
     assert notes["failed_pieces"] == failed
     merged, ended = merge(found, MergeSettings())
     queries.write_queries(tmp_path / "q", merged, ended, notes, tmp_path / "r")
+
+
+def test_a_run_that_was_stopped_asks_only_what_is_missing(tmp_path):
+    verbs = ["chop", "boil", "sing", "climb", "draw"]
+    parts = [Piece("t.txt", line, f"They {verb} things.") for line, verb in enumerate(verbs, 1)]
+
+    class Leaves(FakeModel):
+        def answer(self, requests):
+            if len(self.requests) == 4:
+                raise EngineError("The server is away")
+            return super().answer(requests)
+
+    said = {verb: {"actions": [f"{verb} things"]} for verb in verbs} | {"boil": "nonsense"}
+    settings, file = ExtractSettings(questions_per_call=2), tmp_path / "q.answers.jsonl"
+    with pytest.raises(EngineError):
+        extract_actions(parts, Leaves(said), settings, file)
+    with open(file, "ab") as torn:
+        torn.write(b'\n{"key": "half')
+    model = FakeModel(said | {"boil": {"actions": ["boil things"]}})
+    found, notes = extract_actions(parts, model, settings, file)
+    assert [label.text for label in found] == [f"{verb} things" for verb in verbs]
+    assert notes["failed_pieces"] == {}
+    asked = [verb for request in model.requests for verb in verbs if verb in request.prompt]
+    assert asked == ["boil", "draw"]
+    again = FakeModel({})
+    assert extract_actions(parts, again, settings, file)[0] == found
+    assert again.requests == []
+    again.revision = "8"  # another model is asked itself
+    assert extract_actions(parts, again, settings, file)[0] == []
 
 
 def test_a_model_that_repeats_the_question_adds_nothing():
