@@ -100,8 +100,8 @@ def voice(rng: np.random.Generator, seconds: float = CLIP_S) -> np.ndarray:
     """Returns what passes for speech: a gliding voice in syllables, float32 at 16 kHz."""
     num = round(seconds * RATE)
     at = np.arange(num) / RATE
-    glide = np.interp(at, np.arange(0, seconds + 1, 0.25)[: 4 * int(seconds) + 5],
-                      rng.uniform(100, 220, 4 * int(seconds) + 4)[: len(np.arange(0, seconds + 1, 0.25))])  # fmt: skip
+    knots = np.arange(0, seconds + 1, 0.25)
+    glide = np.interp(at, knots, rng.uniform(100, 220, len(knots)))
     phase = 2 * np.pi * np.cumsum(glide) / RATE
     wave = sum(np.sin(k * phase) / k for k in range(1, 16))
     syllables = np.clip(np.sin(2 * np.pi * 4 * at + rng.uniform(0, 6)), 0, 1) ** 0.5
