@@ -32,9 +32,9 @@ _TIMES = ("cpu_s ", "gpu_s ", "busy_s ")
 RUN_NOISE = 0.15
 """Standard deviation of the logarithm of CPU and busy seconds between two runs over the same videos.
 
-Cores are shared with other work, clocks and caches change: two runs of the quickstart pipeline over the
-same 24 videos took 24.7 and 27.7 CPU seconds, samples of 8 and 12 of them 14 % less to 5 % more than in
-the whole run. Media bytes and clips came out the same every time.
+Cores are shared with other work, clocks and caches change: with the quickstart pipeline over the same
+videos, on two cores under changing load, the root mean square was 0.11 (18 pairs of runs, the most
+0.24). Media bytes and clips came out the same every time.
 """
 
 SMALL_SAMPLE = 12

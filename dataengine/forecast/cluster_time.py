@@ -12,10 +12,11 @@ import numpy as np
 
 from dataengine.pools import Pool
 
-WALL_NOISE = 0.3
+WALL_NOISE = 0.4
 """Standard deviation of the logarithm of the time to start, load and wait, between two runs.
 
-It is mostly other work on the machine: actors of the quickstart pipeline took 11 to 19 s to set up.
+It is mostly other work on the machine: while that changed on two shared cores, runs of the quickstart
+pipeline over the same 24 videos took 94, 125, 135 and 187 s.
 """
 
 
