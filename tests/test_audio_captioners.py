@@ -6,6 +6,7 @@
 import io
 import json
 import wave
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -501,3 +502,93 @@ def test_checks_can_be_set():
     llm = Answering(a=["Rain."])
     config = audio_llm(checks=TextChecks(min_words=1))
     assert AudioLLMCaptioner(config, llm).caption([seeded_sound(0.2)], ["a"]) == ["Rain."]
+
+
+@pytest.fixture(scope="module")
+def hearing(tmp_path_factory):
+    """A random Qwen2-Audio that answers a few letters, other letters for other sounds."""
+    from tests.tiny_llm import save_tiny_audio_llm
+
+    return save_tiny_audio_llm(tmp_path_factory.mktemp("llm") / "tiny-audio")
+
+
+def hearing_stage(folder, batch_size=4, **llm):
+    config = AudioLLMConfig(
+        llm=TransformersLLMConfig(
+            model=str(folder), modality="audio", batch_size=batch_size, **llm
+        ),
+        max_tokens=16,
+        checks=TextChecks(min_words=1, language=""),
+    )
+    return stage_of(config)
+
+
+def test_audio_llm_captions_reach_the_shard(hearing, tmp_path):
+    """Clips without sound, a silent one and a damaged one among good ones; each as if it were alone."""
+    sounds = [seeded_sound(0.3 + 0.4 * n, seed=n) for n in range(4)]
+    damaged = clip_row("v", 8000, 8500, video={"bytes": b"RIFF damaged", "path": None})
+    rows = [*sounding(None, *sounds[:2], np.zeros(RATE), *sounds[2:], None), damaged]
+    stage = hearing_stage(hearing)
+    outcomes = stage.process(rows)
+    read = through_a_shard(tmp_path / "corpus", rows, outcomes)
+    heard = [1, 2, 4, 5]
+    assert all(read[at]["caption_audio"] for at in heard)
+    assert len({read[at]["caption_audio"] for at in heard}) > 1
+    assert [read[at]["caption_audio"] for at in (0, 3, 6, 7)] == [None, "Silence.", None, None]
+    notes = [[entry["note"] for entry in row["provenance"]] for row in read]
+    nothing, silent, good = ["no_sound"], ["silent"], [None]
+    assert notes == [nothing, good, good, silent, good, good, nothing, nothing]
+    for at in heard:
+        (entry,) = read[at]["provenance"]
+        assert (entry["model"], len(entry["revision"])) == ("tiny-audio", 16)
+        assert entry["prompt_hash"] == stage._captioner.prompt_hash
+    assert [stage.process([row])[0] for row in rows] == outcomes
+
+
+def test_audio_llm_is_not_asked_about_clips_without_sound(hearing, monkeypatch):
+    stage = hearing_stage(hearing)
+    rows = [*sounding(None, np.zeros(RATE), seeded_sound(0.3)), sounding(None)[0]]
+    answer, asked = stage._captioner._llm.answer, []
+
+    def counted(requests):
+        asked.extend(request.id for request in requests)
+        return answer(requests)
+
+    monkeypatch.setattr(stage._captioner._llm, "answer", counted)
+    assert len(stage.process(rows)) == 4
+    assert set(asked) == {"v_2000_3000"}
+    del asked[:]
+    assert len(stage.process(rows[:2])) == 2
+    assert asked == []
+
+
+def test_audio_llm_that_refuses_one_sound_says_so_of_that_clip(hearing, monkeypatch):
+    """What the model cannot take, though it is sound, costs one clip its caption."""
+    rows = sounding(*[seeded_sound(0.3, seed=n) for n in range(3)])
+    stage = hearing_stage(hearing)
+    clean = columns_of(stage.process(rows))
+    request = stage._captioner._request
+
+    def damaged(waveform, clip_id):
+        made = request(waveform, clip_id)
+        return replace(made, audio=made.audio[:30]) if clip_id == "v_1000_2000" else made
+
+    monkeypatch.setattr(stage._captioner, "_request", damaged)
+    columns = columns_of(stage.process(rows))
+    assert [columns[at] for at in (0, 2)] == [clean[at] for at in (0, 2)]
+    assert columns[1]["caption_audio"] is None
+    assert columns[1]["provenance"][0]["note"].startswith("failed:")
+
+
+def test_audio_llm_with_a_hole_is_refused(hearing, tmp_path):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(hearing, tmp_path / "llm")
+    weights = load_file(folder / "model.safetensors")
+    hole = next(name for name in sorted(weights) if name.endswith("layer_norm.weight"))
+    del weights[hole]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(DependencyError, match=r"missing .*layer_norm\.weight"):
+        hearing_stage(folder)
