@@ -91,6 +91,32 @@ def transformers_server(model: Path, log: Path) -> ServerProcess:
     return ServerProcess(command, log, env={"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
 
 
+def vllm_server(python: Path, model: Path, log: Path, *, max_model_len: int) -> ServerProcess:
+    """``vllm serve`` of a local model on the processor, served as ``tiny``.
+
+    Args:
+        python: One that has vLLM: `tests.vllm_env.vllm_python`.
+        model: Folder.
+        log: File that its output is appended to.
+        max_model_len: Longest prompt and answer together, in tokens.
+    """
+
+    def command(port: int) -> list[str]:
+        return [
+            *(str(python), "-m", "vllm.entrypoints.cli.main", "serve", str(model)),
+            *("--host", "127.0.0.1", "--port", str(port), "--served-model-name", "tiny"),
+            *("--dtype", "float32", "--enforce-eager", "--max-model-len", str(max_model_len)),
+            "--structured-outputs-config",
+            '{"backend": "xgrammar", "disable_any_whitespace": true}',
+        ]
+
+    return ServerProcess(command, log, env=VLLM_ENV, start_s=300)
+
+
+VLLM_ENV = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+"""Of a small vLLM: one GiB of cache, and nobody is told of it."""
+
+
 @dataclass(frozen=True)
 class Reply:
     """What a `FaultServer` does with one request."""
