@@ -9,6 +9,7 @@ import re
 import tempfile
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, BinaryIO, TextIO
 
 import duckdb
@@ -18,18 +19,25 @@ import pyarrow.parquet as pq
 from dataengine import records
 from dataengine.corpus import CatalogPart, Corpus
 from dataengine.errors import ConfigError, CorpusError, EngineError
+from dataengine.query.percentiles import Percentile, resolve
 
 DEFAULT_COLUMNS = ("clip_id", "duration_ms", "language", "clip_score", "motion_score", "caption")
 """What a query shows when nothing is selected."""
 
 _SELECT = re.compile(r"\s*(select|with|from)\b", re.IGNORECASE)
 _FILE = re.compile(r"/(catalog|videos|compacted)/[^ ]+\.parquet")
+_TERM = re.compile(r'"([^"]*)"|([^\s"]+)')
 _BATCH_ROWS = 10_000
 
 
 @contextlib.contextmanager
 def connect(
-    corpus: Corpus, shard: str | None = None, *, snapshot: str = "", memory: str | None = None
+    corpus: Corpus,
+    shard: str | None = None,
+    *,
+    snapshot: str = "",
+    memory: str | None = None,
+    threads: int | None = None,
 ) -> Iterator[duckdb.DuckDBPyConnection]:
     """Opens a DuckDB connection with the views ``clips`` and ``videos``, and nothing else in reach.
 
@@ -42,12 +50,13 @@ def connect(
         shard: Shows the clips of this shard alone; None shows all.
         snapshot: Shows the clips as they were when `compact` made this snapshot.
         memory: What DuckDB may hold, such as ``4GB``; what does not fit goes to the temporary folder.
+        threads: None takes all cores.
 
     Raises:
         CorpusError: If there is no such snapshot, or, from the body too, if a file is damaged.
         ConfigError: From the body: if its SQL is wrong.
     """
-    with engine(corpus, memory=memory) as db:
+    with engine(corpus, memory=memory, threads=threads) as db:
         _add_views(db, corpus, shard, snapshot)
         try:
             yield db
@@ -77,14 +86,16 @@ def _add_views(
         "qualify row_number() over (partition by source order by finished_ms desc) = 1"
     )
     if corpus.is_local:
-        names = ("catalog", "videos", "compacted")
-        folders = ", ".join(_quoted(corpus.path(name) + "/") for name in names)
+        names = ("catalog", "videos", "compacted", "subsets")
+        folders = ", ".join(quoted(corpus.path(name) + "/") for name in names)
         db.execute(f"set allowed_directories = [{folders}]")
         db.execute("set enable_external_access = false")
     db.execute("set lock_configuration = true")
 
 
-def engine(corpus: Corpus, *, memory: str | None = None) -> duckdb.DuckDBPyConnection:
+def engine(
+    corpus: Corpus, *, memory: str | None = None, threads: int | None = None
+) -> duckdb.DuckDBPyConnection:
     """Returns a DuckDB connection that reads the corpus' file system and spills where it may.
 
     Raises:
@@ -95,12 +106,14 @@ def engine(corpus: Corpus, *, memory: str | None = None) -> duckdb.DuckDBPyConne
         db.register_filesystem(corpus.fs)
     # Its own default is a folder in the working directory.
     spill = os.path.join(tempfile.gettempdir(), f"dataengine-duckdb-{uuid.uuid4().hex}")
-    db.execute(f"set temp_directory = {_quoted(spill)}")
+    db.execute(f"set temp_directory = {quoted(spill)}")
     if memory:
         try:
-            db.execute(f"set memory_limit = {_quoted(memory)}")
+            db.execute(f"set memory_limit = {quoted(memory)}")
         except duckdb.Error:
             raise ConfigError(f"Not a size: {memory}", "such as 4GB") from None
+    if threads:
+        db.execute(f"set threads = {int(threads)}")
     return db
 
 
@@ -117,52 +130,107 @@ def catalog_select(corpus: Corpus, parts: Sequence[CatalogPart], types: Mapping[
 
     The types are said rather than found out, because finding out opens every file.
     """
-    prefix = ""
-    if not corpus.is_local:
-        protocol = corpus.fs.protocol
-        prefix = f"{protocol if isinstance(protocol, str) else protocol[0]}://"
     columns = ", ".join(
-        f"{_quoted(name)}: {{name: {_quoted(name)}, type: {_quoted(kind)}, default_value: null}}"
+        f"{quoted(name)}: {{name: {quoted(name)}, type: {quoted(kind)}, default_value: null}}"
         for name, kind in types.items()
     )
     selects = []
     for part in parts:
         if not part.files:
             continue
-        paths = ", ".join(_quoted(prefix + path) for path in part.files)
+        paths = ", ".join(quoted(url_of(corpus, path)) for path in part.files)
         sql = (
             f"select * from read_parquet([{paths}], schema=map {{{columns}}}, "
             "hive_partitioning=false)"
         )
         if part.without:
-            sql += f" where shard not in ({', '.join(map(_quoted, sorted(part.without)))})"
+            sql += f" where shard not in ({', '.join(map(quoted, sorted(part.without)))})"
         selects.append(sql)
     return " union all ".join(selects)
 
 
+@dataclass(frozen=True)
+class Statement:
+    """A SELECT, and what its percentile literals came to."""
+
+    sql: str
+    percentiles: tuple[Percentile, ...] = ()
+
+
 def select_statement(
+    db: duckdb.DuckDBPyConnection,
     condition: str,
     select: str | None = None,
     order_by: str | None = None,
     limit: int | None = None,
-) -> str:
+    *,
+    text: str = "",
+    over_all: bool = False,
+) -> Statement:
     """Returns the SQL for a condition over ``clips``, or the text itself if it is a whole SELECT.
 
+    Args:
+        db: See `connect`.
+        condition: SQL with percentile literals (see `dataengine.query.percentiles`); empty for all
+            clips. A whole SELECT has no percentile literals.
+        select: Columns or expressions; None takes DEFAULT_COLUMNS.
+        order_by: None orders by video and time.
+        limit: At most so many rows.
+        text: Words that the captions must hold; see `text_condition`.
+        over_all: Takes percentiles over all clips, not over those that pass the other conditions.
+
     Raises:
-        ConfigError: If a whole SELECT comes with --select or --order-by.
+        ConfigError: If a whole SELECT comes with other options, or the condition is no SQL.
     """
     condition = condition.strip().rstrip(";")
     if _SELECT.match(condition):
-        if select or order_by:
-            raise ConfigError("A whole SELECT takes no --select and no --order-by")
-        sql = condition
-        return f"select * from ({sql}\n) limit {limit}" if limit is not None else sql
+        if select or order_by or text or over_all:
+            raise ConfigError("A whole SELECT takes no other option but --limit")
+        sql = f"select * from ({condition}\n) limit {limit}" if limit is not None else condition
+        return Statement(sql)
+    resolved = resolve(db, with_text(db, condition, text), over_all=over_all)
     sql = f"select {select or ', '.join(DEFAULT_COLUMNS)} from clips"
-    if condition:
-        sql += f" where {condition}\n"  # a comment at its end must end there
+    if resolved.condition:
+        sql += f" where {resolved.condition}\n"  # a comment at its end must end there
     # Without an order the answer would depend on how threads raced.
-    sql += f" order by {order_by or 'video_id, start_ms'}"
-    return sql + (f" limit {limit}" if limit is not None else "")
+    sql += f" order by {order_by or 'video_id, start_ms, end_ms'}"
+    return Statement(sql + (f" limit {limit}" if limit is not None else ""), resolved.percentiles)
+
+
+def with_text(db: duckdb.DuckDBPyConnection, condition: str, text: str) -> str:
+    """Returns a condition and that the captions hold a text, as one condition."""
+    condition = condition.strip().rstrip(";")
+    if not text.strip():
+        return condition
+    rows = db.execute(
+        "select column_name from (describe clips) where column_type = 'VARCHAR' and "
+        "regexp_matches(column_name, '^(caption|transcript|title|description)')"
+    ).fetchall()
+    searched = text_condition([name for (name,) in rows], text)
+    return f"({condition}\n) and {searched}" if condition else searched
+
+
+def text_condition(columns: Sequence[str], text: str) -> str:
+    """Returns SQL that is true where every word of a text is in one of the columns.
+
+    Case does not matter. ``"in quotes"`` is a phrase. A word is found where a word begins: ``dog``
+    finds dogs, ``red`` does not find scattered. In scripts without spaces it is found anywhere.
+
+    Raises:
+        ConfigError: For a quote without its end.
+    """
+    if text.count('"') % 2:
+        raise ConfigError(f"A quote without its end: {text}")
+    terms = [phrase or word for phrase, word in _TERM.findall(text) if phrase or word]
+    held = "lower(concat_ws(chr(10), " + ", ".join(map(identifier, columns)) + "))"
+    conditions = []
+    for term in (term.casefold() for term in terms):
+        if term.isascii():
+            start = r"(^|[^a-z0-9])" if term[0].isalnum() else ""
+            conditions.append(f"regexp_matches({held}, {quoted(start + re.escape(term))})")
+        else:
+            conditions.append(f"contains({held}, {quoted(term)})")
+    return "(" + " and ".join(conditions or ["true"]) + ")"
 
 
 def run(db: duckdb.DuckDBPyConnection, sql: str) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
@@ -221,7 +289,21 @@ def _columns_hint(db: duckdb.DuckDBPyConnection) -> str:
     return "columns of clips: " + ", ".join(names)
 
 
-def _quoted(text: str) -> str:
+def url_of(corpus: Corpus, path: str) -> str:
+    """Returns what DuckDB reads a path of the corpus' file system by."""
+    if corpus.is_local:
+        return path
+    protocol = corpus.fs.protocol
+    return f"{protocol if isinstance(protocol, str) else protocol[0]}://{path}"
+
+
+def identifier(name: str) -> str:
+    """Returns a column's name as SQL."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def quoted(text: str) -> str:
+    """Returns a string as an SQL literal."""
     return "'" + text.replace("'", "''") + "'"
 
 
