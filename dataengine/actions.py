@@ -248,9 +248,12 @@ def kept_answers(path: Path) -> dict[str, str]:
 def _keep_answers(path: Path, answers: Mapping[str, str]) -> None:
     """Adds answers for good; a line that was half written before is ended first."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps({"key": key, "answer": answer}) for key, answer in answers.items()]
-    with open(path, "ab") as file:
-        file.write(("\n" * (file.tell() > 0) + "\n".join(lines)).encode())
+    lines = [json.dumps({"key": key, "answer": answer}) + "\n" for key, answer in answers.items()]
+    with open(path, "ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            lines = lines if file.read(1) == b"\n" else ["\n", *lines]
+        file.write("".join(lines).encode())
         file.flush()
         os.fsync(file.fileno())
 

@@ -346,7 +346,7 @@ def test_a_run_that_was_stopped_asks_only_what_is_missing(tmp_path):
     with pytest.raises(EngineError):
         extract_actions(parts, Leaves(said), settings, file)
     with open(file, "ab") as torn:
-        torn.write(b'\n{"key": "half')
+        torn.write(b'{"key": "half')
     model = FakeModel(said | {"boil": {"actions": ["boil things"]}})
     found, notes = extract_actions(parts, model, settings, file)
     assert [label.text for label in found] == [f"{verb} things" for verb in verbs]
