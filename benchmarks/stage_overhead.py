@@ -25,8 +25,8 @@ fails where they do not. Whisper's guards compute all they compute and believe e
 leave out the nonsense of a random model.
 
 The two take turns, in alternating order, after one of each to warm up. A ratio is that of one turn; what is
-printed is the median over the turns, with the lowest and the highest, and, for machines with other work,
-the ratio of the CPU time of all turns: of what a core has to do, without what it has to wait for.
+printed is the median over the turns, with the lowest and the highest, and the median ratio of the CPU times of a
+turn: on a machine with other work that is what a core has to do, without what it has to wait for.
 """
 
 import argparse
@@ -460,20 +460,22 @@ def measure(name: str, num: int | None, rounds: int) -> dict[str, float]:
             pair = next(p for p in zip(ours, bare, strict=True) if not part.close(*p))
             sys.exit(f"{name}: only {same} of {num} clips are answered alike, not {pair}")
         seconds: dict[str, list[float]] = {"stage": [], "bare": []}
-        cpu: dict[str, float] = {"stage": 0.0, "bare": 0.0}
+        cpu_s: dict[str, list[float]] = {"stage": [], "bare": []}
         for number in range(rounds):
             turns = [("stage", lambda: run_stage(part.stage, part.table)), ("bare", part.bare)]
             for side, run in turns if number % 2 else turns[::-1]:
                 start, cpu_start = time.perf_counter(), time.process_time()
                 run()
                 seconds[side].append(time.perf_counter() - start)
-                cpu[side] += time.process_time() - cpu_start
-    ratios = [b / s for s, b in zip(seconds["stage"], seconds["bare"], strict=True)]
+                cpu_s[side].append(time.process_time() - cpu_start)
+    ratios, cpu_ratios = (
+        [b / s for s, b in zip(of["stage"], of["bare"], strict=True)] for of in (seconds, cpu_s)
+    )
     result = {
         "ratio": statistics.median(ratios),
         "lowest": min(ratios),
         "highest": max(ratios),
-        "cpu_ratio": cpu["bare"] / cpu["stage"],
+        "cpu_ratio": statistics.median(cpu_ratios),
         "stage_clips_per_s": num / statistics.median(seconds["stage"]),
         "bare_clips_per_s": num / statistics.median(seconds["bare"]),
     }
