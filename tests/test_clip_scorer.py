@@ -120,7 +120,9 @@ def test_known_pairs_are_pictures_that_differ():
 
 def judged(cosines):
     """Judges a model with these cosines, a picture per row and a text per column."""
-    check_known_pairs("m", list(np.float32(cosines)), list(np.eye(len(cosines), dtype=np.float32)))
+    check_known_pairs(
+        "m", list(np.asarray(cosines, np.float32)), list(np.eye(len(cosines), dtype=np.float32))
+    )
 
 
 def test_one_of_thirty_comparisons_may_be_lost():
@@ -129,6 +131,7 @@ def test_one_of_thirty_comparisons_may_be_lost():
     judged(right)
     for picture, pair in enumerate(KNOWN_PAIRS):
         others = [(picture + step) % num for step in range(1, num)]
+        second = right
         for text in others:
             second = right.copy()
             second[picture, text] = 0.4

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+# Outcomes may be drops; a wrong guess fails the test.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportOperatorIssue=false
 """Training of the audio captioner: tones to sentences, from a WavCaps list to captions of clips."""
 
 import json
@@ -267,12 +269,13 @@ def test_trained_captioner_names_sounds_it_never_heard(trained):
     assert captions_of(trained, rows[::-1], batch_size=16) == captions[::-1]
 
 
-def test_loss_falls_by_most_of_it(root, trained, capsys):
+def test_loss_falls_by_most_of_it(root, trained):
     resumed = trainer(root, trained, optim__steps=60, data__held_out=0.1)
     assert resumed.step == 60
     fresh = trainer(root, trained.parent / "fresh", data__held_out=0.1)
     before, after = fresh.held_out_loss(), resumed.held_out_loss()
     assert before is not None
+    assert after is not None
     assert after < 0.3 * before
 
 
