@@ -545,7 +545,7 @@ def _start_ray(address: str | None) -> None:
     try:
         with contextlib.nullcontext() if debug else _silent_stderr():
             ray.init(**options)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except Exception as error:  # noqa: BLE001 - Ray raises a bare one when its start times out
         where = address or os.environ.get("RAY_ADDRESS") or "this machine"
         raise EngineError(
             f"Ray cannot be reached at {where}: {error}",
