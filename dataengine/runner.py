@@ -537,6 +537,8 @@ def _start_ray(address: str | None) -> None:
     options: dict[str, Any] = {"logging_level": level, "log_to_driver": debug}
     if address is None and not os.environ.get("RAY_ADDRESS"):
         options["include_dashboard"] = False
+        # A machine that is busy takes longer than Ray's 30 s.
+        os.environ.setdefault("RAY_raylet_start_wait_time_s", "150")
     elif address is not None:
         options["address"] = address
     logging.getLogger("ray").setLevel(level)
