@@ -8,19 +8,17 @@ import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TextIO
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.progress import Progress
-from rich.table import Table
 
 from dataengine import __version__
+from dataengine.corpus_cli import corpus_app
 from dataengine.errors import EngineError
 from dataengine.queries_cli import discover, queries_app
+from dataengine.terminal import LIVE, CorpusArgument, JsonOption, console
 
 if TYPE_CHECKING:
     from dataengine.ingest import RunResult
@@ -34,23 +32,10 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-_LIVE = Console(stderr=True)
-"""Progress and messages; stdout is for data."""
-
-
-class OutputFormat(StrEnum):
-    """How rows are written."""
-
-    TABLE = "table"
-    CSV = "csv"
-    JSONL = "jsonl"
-    PARQUET = "parquet"
-
-
+app.add_typer(corpus_app)
 app.add_typer(queries_app)
 app.command()(discover)
 
-CorpusArgument = Annotated[str, typer.Argument(help="Folder or URL of a corpus.")]
 PipelineArgument = Annotated[
     Path, typer.Argument(help="Pipeline file, e.g. pipelines/quickstart.yaml.")
 ]
@@ -67,7 +52,6 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", help="Change a setting: stages.segment.num_frames=16."),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="For programs, on stdout.")]
 
 
 @app.command()
@@ -92,7 +76,7 @@ def ingest(
 
     loaded = load_pipeline(pipeline, overrides or [])
     with _interruptible():
-        result = run_ingest(loaded, sources, corpus, _LIVE, address=address, limit=limit)
+        result = run_ingest(loaded, sources, corpus, LIVE, address=address, limit=limit)
     _say_result(result, corpus)
 
 
@@ -130,9 +114,9 @@ def retry(
     else:
         loaded = load_pipeline(pipeline, overrides or [])
     with _interruptible():
-        result = run_retry(loaded, corpus, _LIVE, reasons=reasons, address=address, limit=limit)
+        result = run_retry(loaded, corpus, LIVE, reasons=reasons, address=address, limit=limit)
     if result is None:
-        _LIVE.print("Nothing to retry: no source has failed.")
+        LIVE.print("Nothing to retry: no source has failed.")
     else:
         _say_result(result, corpus)
 
@@ -169,23 +153,23 @@ def annotate(
 
     chosen = make_annotation(load_pipeline(pipeline, overrides or []), stage, suffix, where)
     with _interruptible():
-        result = run_annotation(chosen, corpus, _LIVE, address=address, again=again)
+        result = run_annotation(chosen, corpus, LIVE, address=address, again=again)
     if result.run_id is None:
-        _LIVE.print(
+        LIVE.print(
             "Nothing to do: these settings have annotated every shard (--again does it over)."
         )
         return
     columns = ", ".join(name for name in chosen.columns if name != "provenance")
-    _LIVE.print(
+    LIVE.print(
         f"{result.num_clips:,} clips in {result.num_shards:,} shards annotated after "
         f"{result.seconds:.0f} s: {columns}",
         highlight=False,
         soft_wrap=True,
     )
     for name, num_clips in result.skipped.items():
-        _LIVE.print(f"{name}: {num_clips:,} clips could not be worked on and stay", highlight=False)
+        LIVE.print(f"{name}: {num_clips:,} clips could not be worked on and stay", highlight=False)
     if not suffix and "caption_video" in stage and "fuse" not in stage:
-        _LIVE.print(
+        LIVE.print(
             "Training reads the column caption, which the stage fuse writes: add --stage fuse to "
             "bring it up to date, or train with data.caption=caption_video.",
             highlight=False,
@@ -220,7 +204,7 @@ def doctor(
         rows = [asdict(finding) for finding in findings]
         typer.echo(json.dumps({"ready": ready, "findings": rows}, indent=1, ensure_ascii=False))
     else:
-        checks.show(findings, _console(sys.stdout), shlex.quote(str(pipeline)))
+        checks.show(findings, console(sys.stdout), shlex.quote(str(pipeline)))
     raise typer.Exit(0 if ready else 1)
 
 
@@ -242,7 +226,7 @@ def prefetch(
 
     loaded = load_pipeline(pipeline, overrides or [])
     with _interruptible("interrupted: run the same command to go on"):
-        good = run_prefetch(loaded, _LIVE, dry_run=dry_run)
+        good = run_prefetch(loaded, LIVE, dry_run=dry_run)
     raise typer.Exit(0 if good else 1)
 
 
@@ -285,19 +269,19 @@ def plan(
     size = forecast.parse_cluster(cluster) if cluster else None
     with _interruptible("interrupted: nothing was kept"):
         result = forecast.make_forecast(
-            loaded, sources, _LIVE, num_sample=sample, seed=seed, corpus_url=corpus,
+            loaded, sources, LIVE, num_sample=sample, seed=seed, corpus_url=corpus,
             address=address, cluster=size, limit=limit,
         )  # fmt: skip
     if result is None:
-        _LIVE.print("Nothing to plan: every source has ended in this corpus, or is refused.")
+        LIVE.print("Nothing to plan: every source has ended in this corpus, or is refused.")
         return
     if as_json:
         typer.echo(json.dumps(asdict(result), indent=1, ensure_ascii=False))
     else:
-        forecast.show(result, _console(sys.stdout))
+        forecast.show(result, console(sys.stdout))
     if corpus:
         path = forecast.store(result, corpus)
-        _LIVE.print(f"Kept for the run's report: {path}", highlight=False, soft_wrap=True)
+        LIVE.print(f"Kept for the run's report: {path}", highlight=False, soft_wrap=True)
 
 
 @contextlib.contextmanager
@@ -308,7 +292,7 @@ def _interruptible(
     try:
         yield
     except KeyboardInterrupt:
-        _LIVE.print(f"\n{said}")
+        LIVE.print(f"\n{said}")
         # Ray's threads can crash an interpreter that is taken down in the middle of a run.
         os._exit(130)
 
@@ -317,31 +301,31 @@ def _say_result(result: "RunResult", corpus: str) -> None:
     """Prints how a run ended and what to type next."""
     from dataengine import funnel
 
-    _LIVE.print()
-    funnel.show(result.funnel, _LIVE)
-    _LIVE.print()
+    LIVE.print()
+    funnel.show(result.funnel, LIVE)
+    LIVE.print()
     where = shlex.quote(corpus)
     failed = result.funnel.failed_videos
     if result.run_id is None:
         ended = "Nothing to do: every source has ended in this corpus before."
-        _LIVE.print(ended, highlight=False, soft_wrap=True)
+        LIVE.print(ended, highlight=False, soft_wrap=True)
     else:
-        _LIVE.print(
+        LIVE.print(
             f"{result.funnel.kept_clips:,} clips in {corpus} after {result.seconds:.0f} s.",
             highlight=False,
             soft_wrap=True,
         )
         report = f"{corpus.rstrip('/')}/runs/{result.run_id}/report.html"
-        _LIVE.print(f"Report:  {report}", highlight=False, soft_wrap=True)
+        LIVE.print(f"Report:  {report}", highlight=False, soft_wrap=True)
     if failed:
-        _LIVE.print(
+        LIVE.print(
             f"Retry:   {failed:,} source{'s' * (failed != 1)} failed for reasons that may pass: "
             f"{_python()} -m dataengine retry {where}",
             highlight=False,
             markup=False,
             soft_wrap=True,
         )
-    _LIVE.print(
+    LIVE.print(
         f'Next:    {_python()} -m dataengine query {where} "motion_score > 0.01" --limit 5\n'
         f"         {_python()} -m training viclip_tiny --data {where}",
         highlight=False,
@@ -359,7 +343,7 @@ def demo(
     """Render procedural videos whose cuts, objects, sounds and speech are known."""
     from dataengine.demo import render_demo
 
-    with Progress(console=_LIVE, transient=True, disable=not _LIVE.is_terminal) as bars:
+    with Progress(console=LIVE, transient=True, disable=not LIVE.is_terminal) as bars:
         task = bars.add_task("rendering videos", total=num_videos)
         truth = render_demo(
             directory,
@@ -367,63 +351,7 @@ def demo(
             seed=seed,
             progress=lambda done, _: bars.update(task, completed=done),
         )
-    _LIVE.print(f"{num_videos} videos in {directory}, what is in them in {truth}", highlight=False)
-
-
-@app.command()
-def query(
-    corpus: CorpusArgument,
-    condition: Annotated[
-        str, typer.Argument(help="SQL condition on clips, or a whole SELECT over clips or videos.")
-    ] = "",
-    select: Annotated[str | None, typer.Option(help="Columns or expressions.")] = None,
-    order_by: Annotated[str | None, typer.Option(help="Default: video and time.")] = None,
-    limit: Annotated[int | None, typer.Option(min=0, help="At most so many rows.")] = None,
-    output_format: Annotated[OutputFormat, typer.Option("--format", "-f")] = OutputFormat.TABLE,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="File instead of stdout.")
-    ] = None,
-) -> None:
-    """Look at clips with SQL over the catalog; media is never read."""
-    from dataengine.corpus import Corpus
-    from dataengine.query import sql
-
-    if output_format is OutputFormat.PARQUET and output is None:
-        raise EngineError("Parquet is not for a terminal", "name a file with --output")
-    statement = sql.select_statement(condition, select, order_by, limit)
-    with sql.connect(Corpus.open(corpus)) as db:
-        schema, batches = sql.run(db, statement)
-        if output_format is OutputFormat.TABLE:
-            _print_table(schema.names, (row for b in batches for row in b.to_pylist()), output)
-        elif output_format is OutputFormat.PARQUET and output is not None:
-            with open(output, "wb") as file:
-                sql.write_parquet(schema, batches, file)
-        else:
-            with _text_output(output) as file:
-                if output_format is OutputFormat.CSV:
-                    sql.write_csv(schema, batches, file)
-                else:
-                    sql.write_jsonl(batches, file)
-
-
-@app.command()
-def verify(
-    corpus: CorpusArgument,
-    decode: Annotated[bool, typer.Option(help="Also decode every clip and frame.")] = False,
-) -> None:
-    """Check that a corpus keeps its contract: nothing lost, nothing twice, media where it says."""
-    from dataengine.corpus import Corpus
-    from dataengine.query.verify import verify as run_verify
-
-    result = run_verify(Corpus.open(corpus), decode=decode)
-    for problem in result.problems:
-        typer.echo(problem)
-    _LIVE.print(
-        f"{result.num_clips:,} clips in {result.num_shards:,} shards, {result.num_videos:,} sources: "
-        + (f"{len(result.problems)} problems" if result.problems else "all in order"),
-        highlight=False,
-    )
-    raise typer.Exit(1 if result.problems else 0)
+    LIVE.print(f"{num_videos} videos in {directory}, what is in them in {truth}", highlight=False)
 
 
 @app.command()
@@ -438,7 +366,7 @@ def remove(
     from dataengine.remove import remove as run_remove
 
     removal = run_remove(Corpus.open(corpus), video_id)
-    _LIVE.print(
+    LIVE.print(
         f"Removed: {removal.num_videos:,} videos, {removal.num_clips:,} clips, "
         f"{len(removal.shards):,} shards rewritten.",
         highlight=False,
@@ -454,7 +382,7 @@ def report(
     from dataengine.corpus import Corpus
     from dataengine.report import write_report
 
-    _LIVE.print(write_report(Corpus.open(corpus), run), highlight=False, soft_wrap=True)
+    LIVE.print(write_report(Corpus.open(corpus), run), highlight=False, soft_wrap=True)
 
 
 def _show_version(wanted: bool) -> None:
@@ -485,37 +413,6 @@ def _python() -> str:
     return shlex.quote(sys.executable if inside.startswith("..") else inside)
 
 
-def _print_table(names: list[str], rows: "object", output: Path | None) -> None:
-    """Prints rows as a table, on a terminal or into a file."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in names:
-        table.add_column(name, overflow="fold")
-    count = 0
-    for row in rows:  # type: ignore[attr-defined]
-        table.add_row(*(escape(_cell(value)) for value in row.values()))
-        count += 1
-    with _text_output(output) as file:
-        _console(file).print(table)
-    _LIVE.print(f"{count:,} row{'s' * (count != 1)}", highlight=False)
-
-
-def _console(file: TextIO) -> Console:
-    """Returns a console for results: in a file, lines are not cut at a terminal's width."""
-    return Console(file=file, width=None if file.isatty() else 200)
-
-
-def _cell(value: object) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _text_output(output: Path | None):  # noqa: ANN202 - a file or a context that leaves stdout open
-    from contextlib import nullcontext
-
-    return open(output, "w", encoding="utf-8") if output else nullcontext(sys.stdout)
-
-
 def main() -> None:
     """Runs the command line: one message and a hint for a user's mistake, never a traceback."""
     # Ray would rebuild the environment of `uv run` for every worker, and hang.
@@ -527,9 +424,9 @@ def main() -> None:
     except EngineError as error:
         if os.environ.get("DATAENGINE_DEBUG"):
             raise
-        _LIVE.print(f"error: {error.message}", markup=False, highlight=False, soft_wrap=True)
+        LIVE.print(f"error: {error.message}", markup=False, highlight=False, soft_wrap=True)
         if error.hint:
-            _LIVE.print(f"\nhint: {error.hint}", markup=False, highlight=False, soft_wrap=True)
+            LIVE.print(f"\nhint: {error.hint}", markup=False, highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads the rest
@@ -538,5 +435,5 @@ def main() -> None:
         if os.environ.get("DATAENGINE_DEBUG") or error.filename is None:
             raise
         what = f"error: {error.strerror}: {error.filename}"
-        _LIVE.print(what, markup=False, highlight=False, soft_wrap=True)
+        LIVE.print(what, markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)

@@ -422,6 +422,20 @@ class Corpus:
         newest = [i for i, s in enumerate(sources) if i + 1 == len(sources) or s != sources[i + 1]]
         return table.take(pa.array(newest, pa.int64())).select(wanted)
 
+    def subset_path(self, name: str) -> str:
+        """Returns the path of a subset's file.
+
+        Raises:
+            CorpusError: If there is no such subset.
+        """
+        known = self.names("subsets")
+        if name not in known:
+            raise CorpusError(
+                f"Unknown subset: {name} of {self.url}",
+                f"subsets: {', '.join(known) or 'none yet; dataengine subset makes one'}",
+            )
+        return self.path("subsets", f"{name}.parquet")
+
     def open_shard(self, shard: str) -> pq.ParquetFile:
         """Opens a shard for row-group reads. Close it when done.
 

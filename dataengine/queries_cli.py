@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 import yaml
 from pydantic import TypeAdapter, ValidationError
-from rich.console import Console
 from rich.progress import Progress
 
 from dataengine.errors import ConfigError
 from dataengine.stage import Settings
+from dataengine.terminal import LIVE
 
 if TYPE_CHECKING:
     from dataengine.models.llm import LanguageModel
@@ -24,7 +24,6 @@ queries_app = typer.Typer(
 
 SettingsT = TypeVar("SettingsT", bound=Settings)
 
-_LIVE = Console(stderr=True)
 
 LLMOption = Annotated[
     Path | None,
@@ -111,11 +110,11 @@ def build(
         about["extraction"] = notes | {"settings": extract.model_dump()}
     merged, ended = q.merge(found, settings)
     record = q.write_queries(output, merged, ended, about, report)
-    _LIVE.print(f"{len(merged):,} queries in {output} from {len(found):,} labels", highlight=False)
+    LIVE.print(f"{len(merged):,} queries in {output} from {len(found):,} labels", highlight=False)
     for outcome, number in record["outcomes"].items():
-        _LIVE.print(f"  {outcome.replace('_', ' ')}: {number:,}", highlight=False)
+        LIVE.print(f"  {outcome.replace('_', ' ')}: {number:,}", highlight=False)
     for reason, number in about.get("extraction", {}).get("failed_pieces", {}).items():
-        _LIVE.print(f"  pieces of text without an answer, {reason}: {number:,}", highlight=False)
+        LIVE.print(f"  pieces of text without an answer, {reason}: {number:,}", highlight=False)
 
 
 def discover(
@@ -163,7 +162,7 @@ def discover(
     )  # fmt: skip
     words = read_queries(queries_file)
     translator = load_llm(llm, overrides or []) if llm or overrides else None
-    with Progress(console=_LIVE, transient=True, disable=not _LIVE.is_terminal) as bars:
+    with Progress(console=LIVE, transient=True, disable=not LIVE.is_terminal) as bars:
         task = bars.add_task("searching", total=len(words) * len(wanted))
         record = run_discover(
             words,
@@ -174,13 +173,13 @@ def discover(
             progress=lambda done, total: bars.update(task, completed=done, total=total),
         )
     out = ", ".join(f"{number:,} {reason}" for reason, number in record["left_out"].items())
-    _LIVE.print(
+    LIVE.print(
         f"{record['num_videos']:,} videos in {output} from {record['num_searches']:,} searches"
         + (f"; left out: {out}" if out else ""),
         highlight=False,
     )
     sets = " ".join(f"--set {override}" for override in record["ingest_set"])
-    _LIVE.print(
+    LIVE.print(
         f"Next:    dataengine ingest pipelines/quickstart.yaml --sources {shlex.quote(str(output))} "
         f"--corpus CORPUS {sets}",
         highlight=False,

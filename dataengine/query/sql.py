@@ -24,6 +24,12 @@ from dataengine.query.percentiles import Percentile, resolve
 DEFAULT_COLUMNS = ("clip_id", "duration_ms", "language", "clip_score", "motion_score", "caption")
 """What a query shows when nothing is selected."""
 
+COUNTS = (
+    "count(*) as clips, count(distinct video_id) as videos, "
+    "round(coalesce(sum(duration_ms), 0) / 3600000, 3) as hours"
+)
+"""Selected in place of columns, it says how much there is."""
+
 _SELECT = re.compile(r"\s*(select|with|from)\b", re.IGNORECASE)
 _FILE = re.compile(r"/(catalog|videos|compacted)/[^ ]+\.parquet")
 _TERM = re.compile(r'"([^"]*)"|([^\s"]+)')
@@ -35,6 +41,7 @@ def connect(
     corpus: Corpus,
     shard: str | None = None,
     *,
+    subset: str = "",
     snapshot: str = "",
     memory: str | None = None,
     threads: int | None = None,
@@ -48,6 +55,7 @@ def connect(
     Args:
         corpus: What to look at.
         shard: Shows the clips of this shard alone; None shows all.
+        subset: Shows the clips of this subset alone.
         snapshot: Shows the clips as they were when `compact` made this snapshot.
         memory: What DuckDB may hold, such as ``4GB``; what does not fit goes to the temporary folder.
         threads: None takes all cores.
@@ -57,7 +65,7 @@ def connect(
         ConfigError: From the body: if its SQL is wrong.
     """
     with engine(corpus, memory=memory, threads=threads) as db:
-        _add_views(db, corpus, shard, snapshot)
+        _add_views(db, corpus, shard, subset, snapshot)
         try:
             yield db
         except duckdb.Error as error:
@@ -65,7 +73,7 @@ def connect(
 
 
 def _add_views(
-    db: duckdb.DuckDBPyConnection, corpus: Corpus, shard: str | None, snapshot: str
+    db: duckdb.DuckDBPyConnection, corpus: Corpus, shard: str | None, subset: str, snapshot: str
 ) -> None:
     if shard is None:
         parts = corpus.catalog_parts(snapshot)
@@ -80,6 +88,9 @@ def _add_views(
         if not any(part.files for part in files):
             db.register(f"empty_{name}", schema.empty_table())
             sql = f"select * from empty_{name}"
+        if subset and name == "clips":
+            path = url_of(corpus, corpus.subset_path(subset))
+            sql = f"select * from ({sql}) semi join read_parquet({quoted(path)}) using (clip_id)"
         db.execute(f"create view {name} as {sql}")
     db.execute(
         "create view videos as select * from all_videos "
@@ -91,6 +102,19 @@ def _add_views(
         db.execute(f"set allowed_directories = [{folders}]")
         db.execute("set enable_external_access = false")
     db.execute("set lock_configuration = true")
+
+
+def open_data(data: str) -> tuple[Corpus, str]:
+    """Opens ``CORPUS`` or ``CORPUS#SUBSET``; returns the corpus and the subset's name or "".
+
+    Raises:
+        CorpusError: If there is no such corpus or subset.
+    """
+    url, _, subset = data.partition("#")
+    corpus = Corpus.open(url)
+    if subset:
+        corpus.subset_path(subset)
+    return corpus, subset
 
 
 def engine(
@@ -254,6 +278,12 @@ def run(db: duckdb.DuckDBPyConnection, sql: str) -> tuple[pa.Schema, Iterator[pa
             f"Two columns have one name: {', '.join(twice)}", "name one of them with: AS other"
         )
     return reader.schema, _batches(db, reader)
+
+
+def plan_of(db: duckdb.DuckDBPyConnection, sql: str) -> str:
+    """Returns how DuckDB would run a SELECT."""
+    row = db.execute(f"explain {sql}").fetchone()
+    return row[1] if row else ""
 
 
 def _batches(

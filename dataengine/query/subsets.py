@@ -119,6 +119,18 @@ class Subset:
     percentiles: tuple[Percentile, ...] = ()
 
 
+def check_order(name: str) -> Order:
+    """Returns a way of drawing by its name.
+
+    Raises:
+        ConfigError: For another name.
+    """
+    match name:
+        case "uniform" | "div" | "top":
+            return name
+    raise ConfigError(f"Unknown order: {name}", "orders: uniform, div, top")
+
+
 def check_name(name: str) -> None:
     """Raises ConfigError unless a subset may be called so."""
     if not _NAME.fullmatch(name):

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Commands on a finished corpus: query, subset, compact, verify."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dataengine.errors import ConfigError, EngineError
+from dataengine.terminal import (
+    LIVE,
+    CorpusArgument,
+    DataArgument,
+    OutputFormat,
+    print_table,
+    text_output,
+)
+
+if TYPE_CHECKING:
+    from dataengine.query.percentiles import Percentile
+
+corpus_app = typer.Typer()
+
+MemoryOption = Annotated[
+    str | None, typer.Option(help="What DuckDB may hold, e.g. 4GB; the rest goes to $TMPDIR.")
+]
+TextOption = Annotated[
+    str, typer.Option("--text", "-t", help='Words the captions must hold; "in quotes" a phrase.')
+]
+
+
+@corpus_app.command()
+def query(
+    data: DataArgument,
+    condition: Annotated[
+        str,
+        typer.Argument(
+            help="SQL condition on clips, such as \"clip_score > p70 and language = 'en'\", "
+            "or a whole SELECT over clips or videos."
+        ),
+    ] = "",
+    text: TextOption = "",
+    select: Annotated[str | None, typer.Option(help="Columns or expressions.")] = None,
+    order_by: Annotated[str | None, typer.Option(help="Default: video and time.")] = None,
+    limit: Annotated[int | None, typer.Option(min=0, help="At most so many rows.")] = None,
+    percentiles_of_all: Annotated[
+        bool, typer.Option(help="p70 over all clips, not those that pass the other conditions.")
+    ] = False,
+    count: Annotated[bool, typer.Option("--count", help="How many clips, videos, hours.")] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="The SQL and its plan.")] = False,
+    output_format: Annotated[OutputFormat, typer.Option("--format", "-f")] = OutputFormat.TABLE,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File instead of stdout.")
+    ] = None,
+    snapshot: Annotated[str, typer.Option(help="The corpus as of a merge of compact.")] = "",
+    memory: MemoryOption = None,
+) -> None:
+    """Look at clips with SQL over the catalog; media is never read."""
+    from dataengine.query import sql
+
+    if output_format is OutputFormat.PARQUET and output is None:
+        raise EngineError("Parquet is not for a terminal", "name a file with --output")
+    if count and (select or order_by or limit is not None):
+        raise ConfigError("--count takes no --select, --order-by and --limit")
+    corpus, subset = sql.open_data(data)
+    with sql.connect(corpus, subset=subset, snapshot=snapshot, memory=memory) as db:
+        if count:
+            select, order_by = sql.COUNTS, "all"
+        statement = sql.select_statement(
+            db, condition, select, order_by, limit, text=text, over_all=percentiles_of_all
+        )
+        _say_percentiles(statement.percentiles)
+        if explain:
+            with text_output(output) as file:
+                file.write(f"{statement.sql}\n\n{sql.plan_of(db, statement.sql)}\n")
+            return
+        schema, batches = sql.run(db, statement.sql)
+        if output_format is OutputFormat.TABLE:
+            print_table(schema.names, (row for b in batches for row in b.to_pylist()), output)
+        elif output_format is OutputFormat.PARQUET and output is not None:
+            with open(output, "wb") as file:
+                sql.write_parquet(schema, batches, file)
+        else:
+            with text_output(output) as file:
+                if output_format is OutputFormat.CSV:
+                    sql.write_csv(schema, batches, file)
+                else:
+                    sql.write_jsonl(batches, file)
+
+
+@corpus_app.command()
+def subset(
+    corpus: CorpusArgument,
+    name: Annotated[str, typer.Option(help="Trained on as CORPUS#NAME.")],
+    preset: Annotated[
+        str,
+        typer.Option(
+            help="div: weight 1 / clips of the video; flt: 1-120 s, top 30 % by CLIP score, then div; "
+            "aes: aesthetic score of at least 4; internvid2: highest CLIP scores."
+        ),
+    ] = "",
+    where: Annotated[str, typer.Option(help="SQL condition; p70 is a percentile.")] = "",
+    text: TextOption = "",
+    order: Annotated[
+        str, typer.Option(help="How to draw without a preset: uniform, div, or top (by --score).")
+    ] = "",
+    score: Annotated[
+        str, typer.Option(help="Column for flt, internvid2, top; clip_score_frame is one frame.")
+    ] = "clip_score",
+    num_clips: Annotated[int | None, typer.Option("--num-clips", "-n", min=1)] = None,
+    seed: Annotated[int, typer.Option(help="Another seed draws other clips.")] = 0,
+    per_video: Annotated[
+        int | None, typer.Option(min=1, help="At most so many clips of a video.")
+    ] = None,
+    mix: Annotated[str, typer.Option(help="Of finished subsets, by weight: flt=0.7,aes=0.3")] = "",
+    replace_existing: Annotated[bool, typer.Option("--replace")] = False,
+    memory: MemoryOption = None,
+) -> None:
+    """Choose clips to train on, by condition and by the papers' ways of drawing."""
+    from dataengine.corpus import Corpus
+    from dataengine.query import sql, subsets
+
+    opened = Corpus.open(corpus)
+    wanted = subsets.preset(preset, score=score) if preset else subsets.Definition(score=score)
+    if order:
+        if preset:
+            raise ConfigError("A preset has its own --order")
+        wanted = replace(wanted, order=subsets.check_order(order))
+    with sql.connect(opened) as db:
+        where = sql.with_text(db, where, text)
+    if where:
+        where = f"({wanted.where}) and ({where}\n)" if wanted.where else where
+        wanted = replace(wanted, where=where)
+    wanted = replace(wanted, num_clips=num_clips, seed=seed, per_video=per_video, mix=_weights(mix))
+    made = subsets.make_subset(
+        opened, name, wanted, replace_existing=replace_existing, memory=memory
+    )
+    _say_percentiles(made.percentiles)
+    short = num_clips is not None and made.num_clips < num_clips
+    LIVE.print(
+        f"{made.num_clips:,} clips of {made.num_videos:,} videos, out of {made.num_candidates:,} "
+        f"that pass{' (fewer than asked for: these are all)' if short else ''}.\n"
+        f"Next:    python -m training RECIPE --data '{corpus}#{name}'",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+@corpus_app.command()
+def compact(
+    corpus: CorpusArgument,
+    full: Annotated[bool, typer.Option(help="Merge everything into one piece.")] = False,
+    keep: Annotated[int, typer.Option(min=1, help="Snapshots that stay readable.")] = 2,
+    memory: MemoryOption = None,
+) -> None:
+    """Merge the catalog's files, so that queries open few and read little; ingest may go on."""
+    from dataengine.compact import compact as run_compact
+    from dataengine.corpus import Corpus
+
+    done = run_compact(Corpus.open(corpus), full=full, keep=keep, memory=memory)
+    if not done.num_clips:
+        LIVE.print("Nothing to merge.", highlight=False)
+        return
+    LIVE.print(
+        f"{done.num_clips:,} clips of {done.num_shards:,} shards merged in {done.seconds:.1f} s; the "
+        f"catalog is {done.num_files:,} files now. Snapshot {done.snapshot}.",
+        highlight=False,
+    )
+
+
+@corpus_app.command()
+def verify(
+    corpus: CorpusArgument,
+    decode: Annotated[bool, typer.Option(help="Also decode every clip and frame.")] = False,
+) -> None:
+    """Check that a corpus keeps its contract: nothing lost, nothing twice, media where it says."""
+    from dataengine.corpus import Corpus
+    from dataengine.query.verify import verify as run_verify
+
+    result = run_verify(Corpus.open(corpus), decode=decode)
+    for problem in result.problems:
+        typer.echo(problem)
+    LIVE.print(
+        f"{result.num_clips:,} clips in {result.num_shards:,} shards, {result.num_videos:,} sources: "
+        + (f"{len(result.problems)} problems" if result.problems else "all in order"),
+        highlight=False,
+    )
+    raise typer.Exit(1 if result.problems else 0)
+
+
+def _say_percentiles(percentiles: "tuple[Percentile, ...]") -> None:
+    for percentile in percentiles:
+        LIVE.print(
+            f"p{percentile.percent:g} of {percentile.column} is {percentile.value}",
+            highlight=False,
+            markup=False,
+        )
+
+
+def _weights(text: str) -> dict[str, float]:
+    """Returns the weights of ``a=0.7,b=0.3``."""
+    weights: dict[str, float] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, _, weight = part.partition("=")
+        try:
+            weights[name.strip()] = float(weight)
+        except ValueError:
+            raise ConfigError(
+                f"--mix: not NAME=WEIGHT: {part}", "such as flt=0.7,aes=0.3"
+            ) from None
+    return weights
