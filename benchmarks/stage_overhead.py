@@ -210,7 +210,8 @@ def caption_part(folder: Path, num: int) -> Part:
     frame = BlipConfig(model=str(folder), max_new_tokens=20)
     stage = CaptionVideoStage(
         CaptionVideoStage.Config(
-            resources=Resources(batch_size=16), model=MultiscaleConfig(frame=frame)
+            resources=Resources(batch_size=16),
+            model=MultiscaleConfig.model_validate({"frame": frame}),
         )
     )
     rng = np.random.default_rng(0)
@@ -228,7 +229,7 @@ def caption_part(folder: Path, num: int) -> Part:
         jpegs = [jpeg for clip in frames for jpeg in clip]
         for batch in chunks(jpegs, frame.batch_size):
             pictures = [
-                cv2.cvtColor(cv2.imdecode(np.frombuffer(jpeg, np.uint8), 1), cv2.COLOR_BGR2RGB)
+                np.asarray(cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR_RGB))
                 for jpeg in batch
             ]
             inputs = processor(images=pictures, return_tensors="pt").to(device, dtype)
@@ -313,8 +314,8 @@ def clip_part(folder: Path, num: int) -> Part:
     size = config.model.batch_size
 
     def prepare(jpeg: bytes) -> Any:
-        bgr = cv2.imdecode(np.frombuffer(jpeg, np.uint8), 1)
-        return preprocess(Image.fromarray(cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)))
+        rgb = cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR_RGB)
+        return preprocess(Image.fromarray(np.asarray(rgb)))
 
     def bare() -> list[Any]:
         autocast = torch.autocast("cuda", torch.bfloat16, enabled=device.startswith("cuda"))
@@ -412,7 +413,8 @@ def whisper_part(folder: Path, num: int) -> Part:
                 whisper.log_mel_spectrogram(whisper.pad_or_trim(wave), model.dims.n_mels, device=device)
                 for wave in batch
             ])  # fmt: skip
-            texts += [result.text.strip() for result in whisper.decode(model, mels, options)]
+            results: Any = whisper.decode(model, mels, options)  # a list, as mels is a batch
+            texts += [result.text.strip() for result in results]
         return texts
 
     return Part(

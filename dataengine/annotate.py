@@ -254,7 +254,8 @@ def _matching(corpus: Corpus, where: str, shard: str) -> set[str]:
     from dataengine.query import sql
 
     with sql.connect(corpus, shard) as db:
-        _, batches = sql.run(db, sql.select_statement(where, "clip_id", "clip_id"))
+        statement = sql.select_statement(db, where, "clip_id", "clip_id")
+        _, batches = sql.run(db, statement.sql)
         return {name for batch in batches for name in batch["clip_id"].to_pylist()}
 
 
@@ -279,7 +280,14 @@ def _check_condition(corpus: Corpus, where: str) -> None:
     from dataengine.query import sql
 
     with sql.connect(corpus) as db:
-        sql.run(db, sql.select_statement(where, "clip_id", "clip_id", 0))
+        statement = sql.select_statement(db, where, "clip_id", "clip_id", 0)
+        if statement.percentiles:  # its value changes while what it is of is annotated
+            first = statement.percentiles[0]
+            raise ConfigError(
+                "--where of annotate takes values, not percentiles",
+                f"p{first.percent:g} of {first.column} is {first.value} now",
+            )
+        sql.run(db, statement.sql)
 
 
 def _todo(corpus: Corpus, annotation: Annotation, again: bool) -> tuple[list[str], list[str]]:

@@ -145,13 +145,16 @@ def purge(corpus: Corpus, video_ids: Collection[str]) -> None:
 
     Readers do not see those rows once the catalog files have changed; this is for good.
     """
-    ids = pa.array(sorted(video_ids), pa.string())
+    asked = pc.SetLookupOptions(pa.array(sorted(video_ids), pa.string()))
+
+    def is_asked(rows: pa.RecordBatch | pa.Table) -> pa.Array:
+        return pc.call_function("is_in", [rows["video_id"]], asked)
+
     pattern = corpus.path("compacted", "*", "part-*.parquet")
     for path in sorted(str(found) for found in corpus.fs.glob(pattern)):
         with corpus.fs.open(path, "rb") as opened, pq.ParquetFile(opened) as file:
             if not any(
-                pc.any(pc.is_in(batch["video_id"], ids)).as_py()
-                for batch in file.iter_batches(columns=["video_id"])
+                is_asked(batch).true_count for batch in file.iter_batches(columns=["video_id"])
             ):
                 continue
 
@@ -159,7 +162,7 @@ def purge(corpus: Corpus, video_ids: Collection[str]) -> None:
                 with pq.ParquetWriter(out, file.schema_arrow, compression="zstd") as writer:
                     for group in range(file.metadata.num_row_groups):
                         rows = file.read_row_group(group)
-                        rows = rows.filter(pc.invert(pc.is_in(rows["video_id"], ids)))
+                        rows = rows.filter(pc.call_function("invert", [is_asked(rows)]))
                         writer.write_table(rows, row_group_size=_ROW_GROUP_ROWS)
 
             corpus.publish(path.removeprefix(f"{corpus.root}/"), write)

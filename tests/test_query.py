@@ -106,15 +106,64 @@ def test_media_is_never_read(corpus):
 )
 def test_the_sql_reaches_nothing_but_the_corpus(corpus, sql):
     with connect(corpus) as db, pytest.raises(ConfigError):
-        list(run(db, select_statement(sql))[1])
+        list(run(db, select_statement(db, sql).sql)[1])
 
 
 def test_a_wrong_name_is_answered_with_the_names_there_are(corpus):
     with connect(corpus) as db, pytest.raises(ConfigError, match="scor") as error:
-        run(db, select_statement("scor > 1"))
+        run(db, select_statement(db, "scor > 1").sql)
     assert "clip_score" in error.value.hint
 
 
 def test_an_empty_corpus_answers_with_no_rows(tmp_path):
     empty = Corpus.create(str(tmp_path / "c"))
     assert ask(empty, "clip_score > 0", "-f", "jsonl") == ""
+
+
+def test_words_are_found_in_captions(tmp_path):
+    corpus = Corpus.create(str(tmp_path / "c"))
+    corpus.take_over("r-1")
+    texts = (
+        "A red Dog runs.",
+        "Scattered dogs, 50% off",
+        "Ein roter Ball",
+        "一只狗在跑",
+        'say "red dog"',
+    )
+    rows = [clip_row("v", 1000 * i, 1000 * i + 1000, caption=t) for i, t in enumerate(texts)]
+    rows[2]["transcript"] = "a dog"
+    corpus.commit(clips_table(rows), [ledger_row("v", rows)], run_id="r-1", fingerprint="f")
+
+    def found(text: str) -> list[int]:
+        out = ask(corpus, "--text", text, "--select", "start_ms // 1000 as i", "-f", "jsonl")
+        return [json.loads(line)["i"] for line in out.splitlines()]
+
+    assert found("dog") == [0, 1, 2, 4]
+    assert found("RED dog") == [0, 4]
+    assert found('"dog runs"') == [0]
+    assert found("50%") == [1]
+    assert found("狗") == [3]
+    assert found("ed") == []
+    with pytest.raises(ConfigError, match="quote"):
+        found('"dog')
+
+
+def test_counts_percentiles_and_plans(corpus):
+    out = ask(corpus, "clip_score >= p50", "--count", "-f", "jsonl")
+    assert json.loads(out) == {"clips": 5, "videos": 2, "hours": 0.002}
+    sql = ask(corpus, "clip_score >= p50", "--explain")
+    assert "0.11" in sql
+    assert "PARQUET" in sql.upper()
+
+
+def test_a_subset_is_asked_like_a_corpus(corpus):
+    result = CliRunner().invoke(
+        app, ["subset", corpus.url, "--name", "two", "-n", "2", "--where", "clip_score > p50"]
+    )
+    assert result.exit_code == 0, result.output
+    out = CliRunner().invoke(app, ["query", f"{corpus.url}#two", "-f", "jsonl"]).stdout
+    assert len(out.splitlines()) == 2
+    assert all(json.loads(line)["clip_score"] > 0.11 for line in out.splitlines())
+    error = CliRunner().invoke(app, ["query", f"{corpus.url}#three"]).exception
+    assert isinstance(error, EngineError)
+    assert "two" in error.hint

@@ -51,6 +51,12 @@ def ids(corpus, name):
     return pq.read_table(corpus.path("subsets", f"{name}.parquet"))["clip_id"].to_pylist()
 
 
+def one(db, sql):
+    """The single value that a SELECT gives."""
+    ((value,),) = db.execute(sql).fetchall()
+    return value
+
+
 def draw(corpus, name, definition, **options):
     subset = make_subset(corpus, name, definition, replace_existing=True, **options)
     drawn = ids(corpus, name)
@@ -88,13 +94,13 @@ def test_div_draws_clips_as_often_as_their_weights_say(tmp_path):
             for table in ("weights", "drawn"):
                 db.execute(f"drop table if exists {table}")
             subsets._draw(db, "x", Definition(order="div", num_clips=1, seed=seed))
-            (video,) = db.execute("select video_id from drawn").fetchone()
+            video = one(db, "select video_id from drawn")
             first[int(video[1:])] += 1
         for seed in range(num_draws):
             for table in ("weights", "drawn"):
                 db.execute(f"drop table if exists {table}")
             subsets._draw(db, "x", Definition(order="uniform", num_clips=1, seed=seed))
-            (video,) = db.execute("select video_id from drawn").fetchone()
+            video = one(db, "select video_id from drawn")
             drawn[int(video[1:])] += 1
     # 99.9 % of chi-square with 7 degrees of freedom
     assert _chi_square(first, np.full(len(SIZES), num_draws / len(SIZES))) < 24.3
@@ -246,7 +252,7 @@ def test_a_percentile_is_numpys(corpus, percent):
     bound = np.quantile(np.array(scores, np.float32), percent / 100, method="inverted_cdf")
     with connect(corpus) as db:
         found = resolve(db, f"clip_score <= p{percent}")
-        (count,) = db.execute(f"select count(*) from clips where {found.condition}").fetchone()
+        count = one(db, f"select count(*) from clips where {found.condition}")
     assert count == sum(np.float32(s) <= bound for s in scores)
 
 
@@ -260,7 +266,7 @@ def test_percentiles_are_over_the_clips_that_pass_the_other_conditions(corpus):
     with connect(corpus) as db:
         for over_all, values in ((False, scores), (True, everyone)):
             resolved = resolve(db, condition, over_all=over_all)
-            (found,) = db.execute(f"select {resolved.percentiles[0].value}::double").fetchone()
+            found = one(db, f"select {resolved.percentiles[0].value}::double")
             assert found == pytest.approx(np.quantile(values, 0.5, method="inverted_cdf"))
 
 
