@@ -69,7 +69,7 @@ def connect(
         try:
             yield db
         except duckdb.Error as error:
-            raise _explained(db, error) from None
+            raise explained(db, error) from None
 
 
 def _add_views(
@@ -84,10 +84,11 @@ def _add_views(
         ("clips", parts, corpus.catalog_schema),
         ("all_videos", ledger, records.VIDEO_SCHEMA),
     ):
-        sql = catalog_select(corpus, files, schema_types(db, schema))
+        types = schema_types(db, schema)
+        sql = catalog_select(corpus, files, types)
         if not any(part.files for part in files):
-            db.register(f"empty_{name}", schema.empty_table())
-            sql = f"select * from empty_{name}"
+            nulls = ", ".join(f"null::{kind} as {identifier(n)}" for n, kind in types.items())
+            sql = f"select {nulls} where false"
         if subset and name == "clips":
             path = url_of(corpus, corpus.subset_path(subset))
             sql = f"select * from ({sql}) semi join read_parquet({quoted(path)}) using (clip_id)"
@@ -270,7 +271,7 @@ def run(db: duckdb.DuckDBPyConnection, sql: str) -> tuple[pa.Schema, Iterator[pa
             raise ConfigError("Expected one condition or one SELECT", _columns_hint(db))
         reader = db.sql(sql).to_arrow_reader(_BATCH_ROWS)
     except duckdb.Error as error:
-        raise _explained(db, error) from None
+        raise explained(db, error) from None
     names = reader.schema.names
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -292,10 +293,10 @@ def _batches(
     try:
         yield from reader
     except (duckdb.Error, pa.ArrowException) as error:
-        raise _explained(db, error) from None
+        raise explained(db, error) from None
 
 
-def _explained(db: duckdb.DuckDBPyConnection, error: Exception) -> EngineError:
+def explained(db: duckdb.DuckDBPyConnection, error: Exception) -> EngineError:
     """Returns a one-line error; for an unknown name, with the names there are."""
     lines = str(error).strip().splitlines()
     message = next((line for line in lines if line.strip()), "it cannot be run")
