@@ -44,6 +44,11 @@ def query(
     select: Annotated[str | None, typer.Option(help="Columns or expressions.")] = None,
     order_by: Annotated[str | None, typer.Option(help="Default: video and time.")] = None,
     limit: Annotated[int | None, typer.Option(min=0, help="At most so many rows.")] = None,
+    near: Annotated[
+        str, typer.Option(help="Clips nearest to a text by CLIP embedding, the nearest first.")
+    ] = "",
+    near_image: Annotated[Path | None, typer.Option(help="... to a picture.")] = None,
+    near_clip: Annotated[str, typer.Option(help="... to a clip of the corpus, by its id.")] = "",
     percentiles_of_all: Annotated[
         bool, typer.Option(help="p70 over all clips, not those that pass the other conditions.")
     ] = False,
@@ -63,13 +68,24 @@ def query(
         raise EngineError("Parquet is not for a terminal", "name a file with --output")
     if count and (select or order_by or limit is not None):
         raise ConfigError("--count takes no --select, --order-by and --limit")
+    if count and (near or near_image or near_clip):
+        raise ConfigError("--count takes no --near: every clip is more or less near")
     corpus, subset = sql.open_data(data)
     with sql.connect(corpus, subset=subset, snapshot=snapshot, memory=memory) as db:
         if count:
             select, order_by = sql.COUNTS, "all"
-        statement = sql.select_statement(
-            db, condition, select, order_by, limit, text=text, over_all=percentiles_of_all
-        )
+        if near or near_image or near_clip:
+            from dataengine.query.near import near_statement
+
+            statement, covered = near_statement(
+                db, corpus, condition, select, order_by, limit, near=near, near_image=near_image,
+                near_clip=near_clip, text=text, over_all=percentiles_of_all,
+            )  # fmt: skip
+            _say_without(covered.num_without, "are not found")
+        else:
+            statement = sql.select_statement(
+                db, condition, select, order_by, limit, text=text, over_all=percentiles_of_all
+            )
         _say_percentiles(statement.percentiles)
         if explain:
             with text_output(output) as file:
@@ -197,6 +213,11 @@ def _say_percentiles(percentiles: "tuple[Percentile, ...]") -> None:
             highlight=False,
             markup=False,
         )
+
+
+def _say_without(num_clips: int, outcome: str) -> None:
+    if num_clips:
+        LIVE.print(f"{num_clips:,} clips have no embedding and {outcome}.", highlight=False)
 
 
 def _weights(text: str) -> dict[str, float]:

@@ -212,7 +212,7 @@ class OpenClipScorer:
         self._mean = torch.tensor(normalise.mean, device=self._device).view(1, 3, 1, 1)
         self._std = torch.tensor(normalise.std, device=self._device).view(1, 3, 1, 1)
         self._batcher = Batcher(config.batch_size)
-        self.model = f"open_clip:{Path(name).name if folder else name}"
+        self.model = scorer_name(config)
         self.revision = _revision(name, config.pretrained, weights)
         self.origin = _origin(name, config.pretrained)
         self.width = len(_answers(self.embed_texts([""]))[0])
@@ -272,6 +272,14 @@ def check_clip(scorer: ClipScorer) -> None:
     pictures = [scorer.prepare(pair.draw()) for pair in KNOWN_PAIRS]
     texts = [pair.text for pair in KNOWN_PAIRS]
     check_known_pairs(scorer.model, scorer.embed_images(pictures), scorer.embed_texts(texts))
+
+
+def scorer_name(config: ClipScorerConfig) -> str:
+    """Returns what a scorer calls itself in the provenance, without loading it."""
+    name = config.model or f"{LOCAL_SCHEMA}{BUNDLED_CLIP}"
+    if name.startswith(LOCAL_SCHEMA):
+        name = Path(name.removeprefix(LOCAL_SCHEMA)).name
+    return f"{config.kind}:{name}"
 
 
 def build_clip_scorer(config: ClipScorerConfig) -> ClipScorer:
