@@ -24,6 +24,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 
 from dataengine.config import Pipeline
 from dataengine.errors import DependencyError, EngineError
+from dataengine.models.pretrained import is_folder_name
 from dataengine.needs import Need, Weights
 from dataengine.stage import Settings
 
@@ -182,7 +183,7 @@ def _find_hub(
         return _whole_tokenizer(folder, "the folder holds no tokenizer: fetch or copy it again")
     if folder.is_dir():
         return _complete(folder, names, "the folder is not a whole model: fetch or copy it again")
-    if folder.is_absolute() or name.startswith((".", "~")):
+    if is_folder_name(name):
         return Missing(f"no such folder: {name}", "change the setting, or put the model there")
     snapshot = _snapshot(name, revision)
     if snapshot is None:

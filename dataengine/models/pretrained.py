@@ -2,7 +2,9 @@
 """Models of the transformers library: loaded whole or not at all, with a revision to cite.
 
 transformers draws missing weights at random and says so in a log line; a caption by such a model
-looks like any other. Here a missing, unexpected or misshapen weight is an error that names it.
+looks like any other. Here a missing, unexpected, misshapen or non-finite weight is an error that names
+it. For a tokenizer whose files are missing it invents one that knows next to no words; that is an
+error, too.
 """
 
 import os
@@ -12,6 +14,9 @@ from typing import Any
 from dataengine.errors import DependencyError
 
 _SHOWN_KEYS = 5
+_LEAST_VOCABULARY = 0.5
+"""Share of a model's vocabulary that its tokenizer has at least: embeddings are padded by a few per cent
+(T5: 32,128 for 32,100 tokens), while a tokenizer that was made up has a handful of tokens."""
 
 
 def torch_device(device: str | None = None) -> str:
@@ -51,6 +56,7 @@ def load_model(
     Raises:
         DependencyError: If the model is not there or does not fit its class.
     """
+    import torch
     from transformers.utils import logging
 
     place = torch_device(device)
@@ -83,20 +89,54 @@ def load_model(
             f"Weights of {name} do not fit {cls.__name__}: {shown}{more}",
             "name a checkpoint of this family of models",
         )
-    return model.eval().to(place)
+    model = model.eval().to(place)
+    broken = [key for key, weight in model.named_parameters() if not torch.isfinite(weight).all()]
+    if broken:
+        more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+        raise DependencyError(
+            f"Weights of {name} are not finite: {broken[0]}{more}",
+            "the checkpoint is broken: fetch or train it again, or name another",
+        )
+    return model
 
 
 def load_processor(cls: Any, name: str, revision: str = "") -> Any:
     """Loads a processor, tokenizer or feature extractor of the transformers library.
 
     Raises:
-        DependencyError: If it is not there.
+        DependencyError: If it is not there, or its tokenizer does not know the model's words.
     """
     options = {"revision": revision} if revision and not Path(name).is_dir() else {}
+    options["local_files_only"] = _offline()
     try:
-        return cls.from_pretrained(name, local_files_only=_offline(), **options)
+        loaded = cls.from_pretrained(name, **options)
     except Exception as error:  # as above
         raise _unloadable(name, error) from error
+    tokenizer = getattr(loaded, "tokenizer", loaded)
+    if hasattr(tokenizer, "get_vocab"):
+        _check_vocabulary(name, tokenizer, options)
+    return loaded
+
+
+def _check_vocabulary(name: str, tokenizer: Any, options: dict[str, Any]) -> None:
+    """Raises DependencyError for a tokenizer that transformers made up, or that is of another model."""
+    from transformers import AutoConfig
+
+    words = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)
+    if not words:
+        raise _no_tokenizer(name, "what was found has no words")
+    try:
+        text_config = AutoConfig.from_pretrained(name, **options).get_text_config()
+    except Exception:  # noqa: BLE001 - a tokenizer may lie alone, and configs nest in their own ways
+        return
+    expected = getattr(text_config, "vocab_size", None) or 0
+    if len(tokenizer) < _LEAST_VOCABULARY * expected:
+        raise _no_tokenizer(name, f"{len(tokenizer):,} tokens, the model has {expected:,}")
+
+
+def _no_tokenizer(name: str, why: str) -> DependencyError:
+    mend = "fetch or copy it again, with its tokenizer's files (tokenizer.json, vocab.txt, ...)"
+    return DependencyError(f"The tokenizer of {name} is missing or does not fit: {why}", mend)
 
 
 def model_revision(name: str, model: Any) -> str:
@@ -126,8 +166,19 @@ def _offline() -> bool:
 
 
 def _unloadable(name: str, error: Exception) -> DependencyError:
-    problem = " ".join(str(error).split())[:300]
-    return DependencyError(
-        f"Model cannot be loaded: {name} ({problem})",
-        "dataengine doctor PIPELINE says what is missing, dataengine prefetch PIPELINE fetches it",
+    hint = (
+        "dataengine doctor PIPELINE says what is missing, dataengine prefetch PIPELINE fetches it"
     )
+    problem = " ".join(str(error).split())[:300]
+    if Path(name).is_dir():
+        hint = "the folder is not a whole model of this kind: fetch, copy or train it again"
+    elif is_folder_name(name):
+        problem, hint = "no such folder", "change the setting, or put the model there"
+    elif "/" in name and Path(name).parent.is_dir():
+        hint = f"there is no folder {name}; if it is meant as a hub id: {hint}"
+    return DependencyError(f"Model cannot be loaded: {name} ({problem})", hint)
+
+
+def is_folder_name(name: str) -> bool:
+    """Returns whether a model's name can be that of a folder only, never a hub id."""
+    return Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
