@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+from typing import Any
 
 import pytest
 import transformers
@@ -33,7 +34,7 @@ def test_a_checkpoint_without_its_tokenizer_is_refused(tmp_path):
     folder = save_tiny_blip(tmp_path)
     for file in folder.glob("token*"):
         file.unlink()
-    with pytest.raises(DependencyError, match="tokenizer of .* is missing or does not fit") as info:
+    with pytest.raises(DependencyError, match=r"tokenizer of .* does not fit") as info:
         build_frame_captioner(BlipConfig(model=str(folder), device="cpu"))
     assert "tokenizer's files" in info.value.hint
 
@@ -52,7 +53,7 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path):
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_refused(tmp_path, broken):
     folder = save_tiny_t5(tmp_path)
-    model = transformers.T5ForConditionalGeneration.from_pretrained(folder)
+    model: Any = transformers.T5ForConditionalGeneration.from_pretrained(folder)
     model.encoder.block[0].layer[0].SelfAttention.q.weight.data[0, 0] = broken
     model.save_pretrained(folder)
     with pytest.raises(DependencyError, match=r"not finite: encoder\.block\.0.*q\.weight"):

@@ -14,6 +14,7 @@ from dataengine.models.validate import (
     TextChecks,
     ask,
     by_id,
+    contact_problem,
     echo_problem,
     grounding_problem,
     parse_object,
@@ -92,6 +93,8 @@ CAPTIONS = [
     "A red ball rolls across a dark green background while a piano plays softly.",
     'A woman says "I\'m sorry, I cannot come today" to a man in a blue coat.',
     "A man says \u201cAs an AI I cannot do that\u201d in a robot's voice on stage.",
+    "The video shows how to replace the brake pads of a Toyota Corolla.",
+    "Gordon Ramsay prepares risotto alla milanese in a London kitchen.",
     "A man in a suit explains what a large language model is to a class of students.",
     "Here is a street with many people; they don't look at the camera.",
     "A singer repeats no, no, no, no while the band plays behind her.",
@@ -141,6 +144,7 @@ PROBLEMS = {
     " ".join(f"w{i}" for i in range(151)): "too_long",
     "Ein roter Ball rollt \u00fcber den Rasen, w\u00e4hrend jemand leise Klavier spielt.": "other_language",
     "Un homme marche dans la rue avec son chien et regarde les voitures.": "other_language",
+    "Una pelota amarilla rueda lentamente mientras suena un piano en la sala grande.": "other_language",
     "\u4e00 \u53ea \u72d7 \u5728 \u8349 \u5730 \u4e0a \u8dd1 \u6b65 \u7136 \u540e": "other_language",
     "\u041a\u0440\u0430\u0441\u043d\u044b\u0439 \u043c\u044f\u0447 \u043a\u0430\u0442\u0438\u0442\u0441\u044f \u043f\u043e \u0437\u0435\u043b\u0451\u043d\u043e\u0439 \u0442\u0440\u0430\u0432\u0435 \u0438 \u0438\u0433\u0440\u0430\u0435\u0442 \u043c\u0443\u0437\u044b\u043a\u0430.": "other_language",
 }  # fmt: skip
@@ -247,6 +251,53 @@ def test_how_many_words_must_be_shared_is_a_setting():
     assert grounding_problem("A dog.", ["A dog."], 9) is None  # no more than there are
 
 
+INJECTED = [
+    "Buy the ball at our shop now, the best piano store in town.",
+    "Visit our store for a red piano and win a free holiday in Spain.",
+]
+HONEST = [
+    "A red ball rolls over a lawn while a piano plays and a voice points it out.",
+    "As somebody plays the piano, a ball rolls over grass, and a voice tells of rain.",
+]
+
+
+def test_a_share_of_a_captions_words_is_of_its_sources():
+    sources = ["A red ball rolls across a green lawn.", "A piano plays softly."]
+    for text in INJECTED:
+        assert grounding_problem(text, sources) is None  # a word or two are
+        assert reason(grounding_problem(text, sources, min_ratio=0.35)) == "ungrounded"
+    for text in HONEST:
+        assert grounding_problem(text, sources, min_ratio=0.35) is None
+    short = ["A person talks."]
+    told = "A person talks about mortgage rates, the housing market and the weather in Ohio."
+    assert grounding_problem(told, short, min_ratio=0.35) is None
+
+
+@pytest.mark.parametrize(
+    "contact",
+    [
+        "https://evil.example/now",
+        "www.evil.com",
+        "Evil.com",
+        "evil-shop.co/x",
+        "evil dot com",
+        "me@evil.org",
+        "+49 170 1234567",
+        "(555) 123-4567",
+        "555-1234",
+    ],
+)
+def test_addresses_and_numbers_must_be_in_the_sources(contact):
+    text = f"A red ball rolls over a lawn, see {contact}, and a piano plays."
+    assert reason(contact_problem(text, ["A red ball."])) == "ungrounded"
+    assert contact_problem(text, ["A red ball.", f"A sign says {contact.upper()}"]) is None
+
+
+def test_what_looks_like_an_address_is_none():
+    text = "In 2010-2011, 1,500,000 people saw it at 12:30.Co-workers cheer, e.g. Dr. No; 3.5 m/s of 2 x 4."
+    assert contact_problem(text, []) is None
+
+
 def test_long_hostile_texts_are_checked(checker):
     """A hundred thousand characters of what regular expressions find hard: this would never end."""
     for text in ("'" * 100_000, '"a' * 50_000, "here is " * 12_500, "a b " * 25_000, "<" * 100_000):
@@ -255,6 +306,9 @@ def test_long_hostile_texts_are_checked(checker):
         repetition_problem(text)
         echo_problem(text, ["one two three four"], ["name"])
         parse_object(text, Two)
+        contact_problem(text, [])
+    for text in ("1 " * 50_000, "a." * 50_000, "a@" * 50_000, "a-" * 50_000, "www." * 25_000):
+        contact_problem(text, [])
 
 
 # --------------------------------------------------------------------------------------- asking
@@ -302,6 +356,17 @@ def test_only_bad_answers_are_asked_for_again_and_once():
 def test_the_model_may_fail_at_the_second_time():
     llm = Scripted({"a": "low"}, {"a": Failure("timeout")})
     assert ask(llm, requests_of("a"), upper, again) == [Failure("timeout")]
+
+
+def test_an_empty_or_truncated_answer_is_asked_for_again_without_quoting_it():
+    cut = Failure("bad_output", "cut off at max_tokens: 'watches'")
+    llm = Scripted({"a": cut, "b": Failure("timeout")}, {"a": "GOOD"})
+    assert ask(llm, requests_of("a", "b"), upper, again) == ["a:GOOD", Failure("timeout")]
+    ((said,),) = llm.asked[1:]
+    assert said.startswith("about a (It was empty")
+    assert "watches" not in said
+    llm = Scripted({"a": cut}, {"a": cut})
+    assert ask(llm, requests_of("a"), upper, again) == [cut]
 
 
 def test_nothing_is_asked_about_nothing():

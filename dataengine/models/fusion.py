@@ -109,6 +109,10 @@ class LLMFuserConfig(Settings):
     min_shared_words: int = Field(default=1, ge=0)
     """Words of the video and audio captions that a fused one must hold: one that shares none tells of
     something else, such as what a transcript orders it to say. 0 does not look."""
+    min_shared_ratio: float = Field(default=0.35, ge=0, le=1)
+    """Share of a fused caption's words that must be in the video and audio captions (fewer will do where
+    they are 40 % of those captions' words); words of the transcript alone do not count. 0 does not
+    look."""
     template: TemplateConfig = Field(default_factory=TemplateConfig)
     """Who quotes speech, and fuses where the language model fails."""
 

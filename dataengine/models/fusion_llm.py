@@ -26,6 +26,7 @@ from dataengine.models.validate import (
     TextChecker,
     ask,
     echo_problem,
+    contact_problem,
     grounding_problem,
     parse_object,
 )
@@ -170,8 +171,12 @@ class LLMFuser:
                 checked
                 if isinstance(checked, Failure)
                 else echo_problem(checked, (), (question.marker,))
+                or contact_problem(checked, question.seen_and_heard)
                 or grounding_problem(
-                    checked, question.seen_and_heard, self._config.min_shared_words
+                    checked,
+                    question.seen_and_heard,
+                    self._config.min_shared_words,
+                    self._config.min_shared_ratio,
                 )
             )
             if problem is not None:

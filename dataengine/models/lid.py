@@ -54,6 +54,9 @@ _SHORT_CODES = {
     "quy": "qu", "swh": "sw", "uzn": "uz", "ydd": "yi", "zsm": "ms",
 }  # fmt: skip
 
+_ALL_LABELS = 10_000
+"""More than any model has; GlotLID has about 2,100."""
+
 
 class LanguageIdentifier(Protocol):
     """Tells the language of texts."""
@@ -63,6 +66,10 @@ class LanguageIdentifier(Protocol):
 
     def identify(self, texts: Sequence[str]) -> list[tuple[str, float]]:
         """Returns (ISO 639-1 code, else 639-3; confidence in [0, 1]) for each text, in order."""
+        ...
+
+    def probability(self, text: str, language: str) -> float:
+        """Returns how likely a text is to be in one language, in [0, 1]."""
         ...
 
 
@@ -159,10 +166,18 @@ class FastTextIdentifier:
         """
         answers = []
         for text in texts:
-            line = " ".join(text[: self._max_chars].split()) + "\n"
-            probability, label = self._predictor.predict(line, 1, 0.0, "replace")[0]
+            probability, label = self._predict(text, 1)[0]
             answers.append(normalise_prediction(label, probability))
         return answers
+
+    def probability(self, text: str, language: str) -> float:
+        """Returns how likely a text is to be in one language, in [0, 1]: of all its labels together."""
+        labels = (normalise_prediction(label, p) for p, label in self._predict(text, _ALL_LABELS))
+        return min(sum(probability for code, probability in labels if code == language), 1.0)
+
+    def _predict(self, text: str, num_labels: int) -> list[tuple[float, str]]:
+        line = " ".join(text[: self._max_chars].split()) + "\n"
+        return self._predictor.predict(line, num_labels, 0.0, "replace")
 
 
 def build_language_identifier(config: LanguageIdentifierConfig) -> LanguageIdentifier:

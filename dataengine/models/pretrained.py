@@ -106,8 +106,9 @@ def load_processor(cls: Any, name: str, revision: str = "") -> Any:
     Raises:
         DependencyError: If it is not there, or its tokenizer does not know the model's words.
     """
-    options = {"revision": revision} if revision and not Path(name).is_dir() else {}
-    options["local_files_only"] = _offline()
+    options: dict[str, Any] = {"local_files_only": _offline()}
+    if revision and not Path(name).is_dir():
+        options["revision"] = revision
     try:
         loaded = cls.from_pretrained(name, **options)
     except Exception as error:  # as above

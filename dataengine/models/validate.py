@@ -23,7 +23,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from dataengine.models.answers import Failure
+from dataengine.models.answers import BAD_OUTPUT, Failure
 from dataengine.models.lid import (
     FastTextConfig,
     LanguageIdentifierConfig,
@@ -44,6 +44,7 @@ PROMPT_ECHO = "prompt_echo"
 REPETITION = "repetition"
 UNGROUNDED = "ungrounded"
 
+_NO_ANSWER = Failure(BAD_OUTPUT, "It was empty, or too long and cut off: be brief.")
 _MAX_ANSWER_CHARS = 100_000
 _MAX_OBJECTS = 50
 
@@ -71,8 +72,11 @@ class TextChecks(Settings):
     language: str = "en"
     """ISO 639-1 code that it must be in; empty asks for none."""
     min_language_confidence: float = Field(default=0.8, ge=0, le=1)
-    """Another language is believed only above this: short texts are easily misjudged."""
-    min_language_words: int = Field(default=8, ge=1)
+    """Another language is believed above this: short texts are easily misjudged."""
+    min_own_confidence: float = Field(default=0.1, ge=0, le=1)
+    """... and where ``language`` itself is less likely than this: a text may be torn between languages,
+    none of which it should be in."""
+    min_language_words: int = Field(default=5, ge=1)
     """Shorter texts are not judged by language."""
     lid: LanguageIdentifierConfig = FastTextConfig()
     """Who tells the language."""
@@ -112,7 +116,7 @@ def ask(
     check: Callable[[Request, str], Checked | Failure],
     again: Callable[[Request, Failure], Request],
 ) -> list[Checked | Failure]:
-    """Asks, checks, and asks once more where the answer was not usable.
+    """Asks, checks, and asks once more where the answer was not usable, empty or cut off.
 
     Args:
         llm: Whom to ask.
@@ -134,8 +138,11 @@ def ask(
     second: dict[int, Request] = {}
     for index, answer in enumerate(by_id(requests, llm.answer(requests))):
         result = answer if isinstance(answer, Failure) else check(requests[index], answer)
-        if isinstance(result, Failure) and isinstance(answer, str):
+        if isinstance(answer, str) and isinstance(result, Failure):
             second[index] = again(requests[index], result)
+        elif isinstance(answer, Failure) and answer.reason == BAD_OUTPUT:
+            # Its own detail may quote what the model wrote.
+            second[index] = again(requests[index], _NO_ANSWER)
         results.append(result)
     if second:
         late = by_id(list(second.values()), llm.answer(list(second.values())))
@@ -314,7 +321,40 @@ def repetition_problem(text: str) -> Failure | None:
     return None
 
 
-def grounding_problem(text: str, sources: Sequence[str], min_shared: int = 1) -> Failure | None:
+_TOP_DOMAINS = (
+    "com|org|net|edu|gov|info|biz|io|co|ai|app|dev|shop|store|online|site|xyz|tv|ly|gg|top|club|live|link|"
+    "uk|de|fr|ru|cn|jp|eu|br|pl|nl|ca|au|ch|es"
+)
+_CONTACTS = re.compile(
+    r"(?:https?://|\bwww\.)[^\s\"'<>]+"
+    r"|[\w.+-]{1,64}@[\w-]{1,64}(?:\.\w+)+"
+    rf"|\b[a-z0-9][a-z0-9-]{{0,62}}(?:\.|\s?\(?dot\)?\s)(?:{_TOP_DOMAINS})(?![\w-])(?:/\S*)?"
+    r"|(?<!\w)\+?\d(?:[\s().-]{0,2}\d){8,14}(?!\w)"
+    r"|(?<![\w-])\d{3}[-.\s]\d{4}(?![\w-])",
+    re.IGNORECASE,
+)
+"""Addresses of the web and of mail, spelled with a dot or as one says it, and numbers of telephones."""
+
+_COVERING_RATIO = 0.4
+
+
+def contact_problem(text: str, sources: Sequence[str]) -> Failure | None:
+    """Returns what is wrong if a text names an address or a telephone number that its sources do not.
+
+    Args:
+        text: By the model.
+        sources: What it was made of, as far as that may name some.
+    """
+    known = " ".join(sources).casefold()
+    for found in _CONTACTS.finditer(text):
+        if found.group().rstrip(".,;:!?)").casefold() not in known:
+            return Failure(UNGROUNDED, "It held an address or a number that the captions do not.")
+    return None
+
+
+def grounding_problem(
+    text: str, sources: Sequence[str], min_shared: int = 1, min_ratio: float = 0.0
+) -> Failure | None:
     """Returns what is wrong if a text has nothing to do with what it was made of.
 
     Words of three letters and more count, by their first five letters and without a plural's s;
@@ -324,9 +364,13 @@ def grounding_problem(text: str, sources: Sequence[str], min_shared: int = 1) ->
         text: By the model.
         sources: What it was made of; without such words in them nothing is wrong.
         min_shared: Words that must be in both.
+        min_ratio: Share of the text's words that must be in the sources, in [0, 1]. Fewer will do where
+            they are 40 % of the sources' words: of a short source no text can hold many.
     """
     known = set().union(*map(_stems, sources))
-    if len(known & _stems(text)) < min(min_shared, len(known)):
+    stems = _stems(text)
+    wanted = min(min_ratio * len(stems), _COVERING_RATIO * len(known))
+    if len(known & stems) < max(wanted, min(min_shared, len(known))):
         return Failure(UNGROUNDED, "It did not describe what the captions describe.")
     return None
 
@@ -392,7 +436,13 @@ class TextChecker:
         own = unquoted(text)
         if self._lid is None or len(own.split()) < self._checks.min_language_words:
             return None
+        checks = self._checks
         language, confidence = self._lid.identify([own])[0]
-        if language != self._checks.language and confidence >= self._checks.min_language_confidence:
+        if language == checks.language:
+            return None
+        if (
+            confidence >= checks.min_language_confidence
+            or self._lid.probability(own, checks.language) < checks.min_own_confidence
+        ):
             return Failure(OTHER_LANGUAGE, f"It was not in the language {self._checks.language}.")
         return None
