@@ -129,6 +129,18 @@ def subset(
     per_video: Annotated[
         int | None, typer.Option(min=1, help="At most so many clips of a video.")
     ] = None,
+    dedup_near: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Of clips with the same pictures keep one: frames differ in at most so many bits "
+            "of 64 (pHash). 4 finds other encodings.",
+        ),
+    ] = None,
+    dedup_semantic: Annotated[
+        float | None,
+        typer.Option(help="Of clips whose CLIP embeddings have a cosine above this keep one."),
+    ] = None,
     mix: Annotated[str, typer.Option(help="Of finished subsets, by weight: flt=0.7,aes=0.3")] = "",
     replace_existing: Annotated[bool, typer.Option("--replace")] = False,
     memory: MemoryOption = None,
@@ -148,11 +160,16 @@ def subset(
     if where:
         where = f"({wanted.where}) and ({where}\n)" if wanted.where else where
         wanted = replace(wanted, where=where)
-    wanted = replace(wanted, num_clips=num_clips, seed=seed, per_video=per_video, mix=_weights(mix))
+    wanted = replace(
+        wanted, num_clips=num_clips, seed=seed, per_video=per_video, mix=_weights(mix),
+        dedup_near=dedup_near, dedup_semantic=dedup_semantic,
+    )  # fmt: skip
     made = subsets.make_subset(
         opened, name, wanted, replace_existing=replace_existing, memory=memory
     )
     _say_percentiles(made.percentiles)
+    for kind, count in made.removed.items():
+        LIVE.print(f"{count:,} {kind} duplicates removed.", highlight=False)
     short = num_clips is not None and made.num_clips < num_clips
     LIVE.print(
         f"{made.num_clips:,} clips of {made.num_videos:,} videos, out of {made.num_candidates:,} "
@@ -204,6 +221,22 @@ def verify(
         highlight=False,
     )
     raise typer.Exit(1 if result.problems else 0)
+
+
+@corpus_app.command()
+def view(
+    data: DataArgument,
+    host: Annotated[str, typer.Option(help="Another one lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 0,
+    open_browser: Annotated[bool, typer.Option("--open/--no-open")] = True,
+    memory: Annotated[
+        str, typer.Option(help="What DuckDB may hold; the rest goes to $TMPDIR.")
+    ] = "2GB",
+) -> None:
+    """Filter, watch and read clips in a browser; the page is for you alone."""
+    from dataengine.viewer.server import view as run_view
+
+    run_view(data, host=host, port=port, open_browser=open_browser, memory=memory, say=typer.echo)
 
 
 def _say_percentiles(percentiles: "tuple[Percentile, ...]") -> None:

@@ -32,6 +32,7 @@ import pyarrow.parquet as pq
 from dataengine import records
 from dataengine.corpus import Corpus
 from dataengine.errors import ConfigError, CorpusError
+from dataengine.query.dedup import remove_duplicates
 from dataengine.query.percentiles import Percentile, resolve
 from dataengine.query.sql import connect, quoted, url_of
 
@@ -61,6 +62,10 @@ class Definition:
         seed: Of the draw.
         per_video: At most so many clips of one video, before all else: those with the highest scores
             for ``top``, else drawn with equal weights.
+        dedup_near: Removes near-duplicates before that: hashes of their frames differ in at most so many
+            bits (see `dataengine.query.dedup`).
+        dedup_semantic: Then removes clips whose embeddings have a cosine above this. Of duplicates, the
+            one with the highest ``score`` stays.
         preset: Name of the preset this came from, for the reader.
         mix: Names of subsets and their weights, where this is a mixture.
     """
@@ -71,6 +76,8 @@ class Definition:
     num_clips: int | None = None
     seed: int = 0
     per_video: int | None = None
+    dedup_near: int | None = None
+    dedup_semantic: float | None = None
     preset: str = ""
     mix: Mapping[str, float] = field(default_factory=dict)
 
@@ -110,6 +117,7 @@ class Subset:
         num_clips: Clips it holds.
         num_videos: Videos they come from.
         percentiles: What percentile literals came to.
+        removed: Duplicates that were removed first, of each kind.
     """
 
     name: str
@@ -117,6 +125,7 @@ class Subset:
     num_clips: int
     num_videos: int
     percentiles: tuple[Percentile, ...] = ()
+    removed: Mapping[str, int] = field(default_factory=dict)
 
 
 def check_order(name: str) -> Order:
@@ -170,7 +179,7 @@ def make_subset(
         if definition.mix:
             subset, about["taken"] = _draw_mix(db, corpus, name, definition)
         else:
-            subset = _draw(db, name, definition)
+            subset = _draw(db, corpus, name, definition)
         _publish(db, corpus, subset, about)
     return subset
 
@@ -185,7 +194,7 @@ def read_definition(corpus: Corpus, name: str) -> dict[str, Any]:
 # -------------------------------------------------------------------------------------- drawing
 
 
-def _draw(db: duckdb.DuckDBPyConnection, name: str, wanted: Definition) -> Subset:
+def _draw(db: duckdb.DuckDBPyConnection, corpus: Corpus, name: str, wanted: Definition) -> Subset:
     """Makes the table ``drawn``, SUBSET_SCHEMA in no order, from the clips that pass."""
     if wanted.num_clips is not None and wanted.num_clips < 1:
         raise ConfigError("--num-clips takes at least 1")
@@ -197,6 +206,15 @@ def _draw(db: duckdb.DuckDBPyConnection, name: str, wanted: Definition) -> Subse
         where = f"({where}\n) and {scored}" if where.strip() else scored
     resolved = resolve(db, where)
     candidates = "from clips" + (f" where {resolved.condition}\n" if resolved.condition else "")
+    removed = {}
+    if wanted.dedup_near is not None or wanted.dedup_semantic is not None:
+        removed = remove_duplicates(
+            db, corpus, candidates.removeprefix("from "), near_bits=wanted.dedup_near,
+            semantic=wanted.dedup_semantic, score=wanted.score, seed=wanted.seed,
+        )  # fmt: skip
+        candidates = (
+            "from (from clips semi join kept using (video_id, start_ms, end_ms)) where true"
+        )
     if wanted.per_video is not None:
         best = f"{wanted.score} desc" if wanted.order == "top" else _hash(wanted.seed, 1)
         candidates += (
@@ -226,7 +244,7 @@ def _draw(db: duckdb.DuckDBPyConnection, name: str, wanted: Definition) -> Subse
     else:
         _draw_weighted(db, candidates, columns, wanted, num_clips)
     num_drawn, num_videos = _row(db, "select count(*), count(distinct video_id) from drawn")
-    return Subset(name, num_candidates, num_drawn, num_videos, resolved.percentiles)
+    return Subset(name, num_candidates, num_drawn, num_videos, resolved.percentiles, removed)
 
 
 def _draw_weighted(
@@ -294,7 +312,8 @@ def _draw_mix(
     """
     if wanted.num_clips is None:
         raise ConfigError("How many clips?", "a mixture needs --num-clips")
-    if wanted.where or wanted.order != "uniform" or wanted.per_video is not None:
+    own = (wanted.per_video, wanted.dedup_near, wanted.dedup_semantic)
+    if wanted.where or wanted.order != "uniform" or any(value is not None for value in own):
         raise ConfigError("A mixture is of finished subsets", "make them with conditions first")
     known = corpus.names("subsets")
     for part, weight in wanted.mix.items():
@@ -345,6 +364,7 @@ def _publish(
     definition = {
         **about,
         "name": subset.name,
+        "removed": dict(subset.removed),
         "num_candidates": subset.num_candidates,
         "num_clips": subset.num_clips,
         "num_videos": subset.num_videos,
