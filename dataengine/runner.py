@@ -13,6 +13,7 @@ an item that kills its worker ``max_attempts`` times ends as a Drop with reason 
 import contextlib
 import logging
 import os
+import re
 import resource
 import sys
 import threading
@@ -59,6 +60,10 @@ _SCHEDSTAT = "/proc/thread-self/schedstat"
 """Linux: nanoseconds on a core, nanoseconds waiting for one, time slices."""
 _MOST_VIDEOS_COSTED = 1000
 """Videos whose cost is remembered one by one; a plan's sample is smaller."""
+_FAILURE_S = 60.0
+"""How long the control may take to answer on a busy machine; one that has died says so at once."""
+_LONGEST_MESSAGE = 1000
+"""In characters, of an error that is not ours."""
 READ_CPUS = 0.1
 """Cores reserved by a task that reads a shard: it mostly waits for the disk."""
 
@@ -173,6 +178,8 @@ def _session(
         context.enable_progress_bars = False
         context.execution_no_progress_timeout_s = pipeline.runtime.no_progress_timeout_s
         context.max_errored_blocks = 0
+        # Ray Data's own wrapper loses its cause between processes; an EngineError keeps its words.
+        context.raise_original_map_exception = True
         context.print_on_execution_start = False
         # Pinned to the driver's node: it must live exactly as long as the run.
         node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -180,11 +187,7 @@ def _session(
         with _Poller(control, display):
             yield pools, control
     except Exception as error:
-        failure: Any = None
-        if control is not None:
-            with contextlib.suppress(ray.exceptions.RayError):
-                failure = ray.get(control.failure.remote(), timeout=5)
-        raise failure or _explain(error) from error
+        raise _ours(error) or _setup_failure(control) or _unforeseen(error) from error
     finally:
         if ours:
             ray.shutdown()
@@ -350,14 +353,15 @@ def _call(stage: Stage, batch: list[Row]) -> Sequence[Outcome]:
         return stage.process(batch)
     except EngineError:
         raise
-    except Exception as error:  # noqa: BLE001 - whatever it is stops the run, with its place named
+    except Exception as error:  # whatever it is stops the run, with its place named
         names = ", ".join(item_id(row) for row in batch[:3])
         more = f" and {len(batch) - 3} more" if len(batch) > 3 else ""
-        place = "".join(traceback.format_tb(error.__traceback__)[-3:])
+        frames = reversed(traceback.extract_tb(error.__traceback__)[-3:])
+        place = ", called at ".join(f"{at.filename}:{at.lineno} ({at.name})" for at in frames)
         raise StageError(
             f"Stage {stage.name} failed on {names}{more}: {type(error).__name__}: {error}",
-            f"this is a fault in the stage, not in the video; it was raised at\n{place}",
-        ) from None
+            f"this is a fault in the stage, not in the video; it was raised at {place}",
+        ) from error
 
 
 def _setup_error(cls: type[Stage], error: Exception) -> EngineError:
@@ -595,8 +599,11 @@ def _cluster_size() -> tuple[float, float]:
     return size.get("CPU", 0.0), size.get("GPU", 0.0)
 
 
-def _explain(error: BaseException) -> EngineError:
-    """Returns the error a user should see: the innermost one of ours, else Ray's own words."""
+# --------------------------------------------------------------------------- what went wrong
+
+
+def _ours(error: BaseException) -> EngineError | None:
+    """Returns the first EngineError in the chain of what Ray raises; None without one."""
     seen: list[BaseException] = []
     queue: list[BaseException | None] = [error]
     while queue:
@@ -604,10 +611,38 @@ def _explain(error: BaseException) -> EngineError:
         if current is None or current in seen:
             continue
         seen.append(current)
-        if isinstance(current, EngineError):
+        # Ray raises a mixture of its own class and the cause's, which reads as a traceback.
+        if isinstance(current, EngineError) and not isinstance(current, ray.exceptions.RayError):
             return current
         queue += [getattr(current, "cause", None), current.__cause__, current.__context__]
+    return None
+
+
+def _setup_failure(control: Any) -> EngineError | None:
+    """Returns why a stage could not start; None if none said so."""
+    if control is None:
+        return None
+    with contextlib.suppress(ray.exceptions.RayError):
+        return ray.get(control.failure.remote(), timeout=_FAILURE_S)
+    return None
+
+
+def _unforeseen(error: BaseException) -> EngineError:
+    """Returns what to tell the user about an error of Ray's, or of ours that is none of his."""
+    while isinstance(cause := getattr(error, "cause", None), Exception):
+        error = cause
     return EngineError(
-        f"The run failed: {type(error).__name__}: {error}",
-        "what was committed is safe; run the same command again to go on",
+        f"The run failed: {type(error).__name__}: {_without_frames(str(error))}",
+        "what was committed is safe; run the same command again to go on, or with "
+        "DATAENGINE_DEBUG=1 to see where it fails",
     )
+
+
+def _without_frames(text: str) -> str:
+    """Returns a message as one line; of a traceback in it only what was raised in the end."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", text)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    frames = [i for i, line in enumerate(lines) if re.match(r"Traceback |File \"|ray::", line)]
+    if frames:
+        lines = [*lines[: frames[0]], *lines[max(frames) + 1 :][-1:]]
+    return " ".join(lines)[:_LONGEST_MESSAGE]

@@ -18,7 +18,7 @@ from rich.console import Console
 from dataengine import records
 from dataengine.annotate import annotate, make_annotation
 from dataengine.config import Pipeline, RuntimeSettings, ShardSettings
-from dataengine.errors import DependencyError
+from dataengine.errors import DependencyError, EngineError
 from dataengine.flow import VIDEO_STRUCT
 from dataengine.ingest import RunResult, ingest
 from dataengine.stage import Drop, Kept, Resources, Stage, provenance
@@ -55,6 +55,8 @@ class FakeSegment(Stage):
             os.kill(os.getpid(), signal.SIGKILL)
         if path.stem.startswith("bug"):
             raise ZeroDivisionError("a bug")
+        if path.stem.startswith("away"):
+            raise EngineError("No answer", "start the server")
         video_id = records.file_video_id(str(path))
         num_clips = int(path.stem.split("_")[-1])
         if not num_clips:

@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 import os
+import pickle
+import re
 import signal
 import subprocess
 import sys
 import time
+import traceback
 
 import psutil
 import pytest
+import ray.exceptions
 
+from dataengine import runner
 from dataengine.corpus import Corpus
 from dataengine.errors import ConfigError, CorpusError, DependencyError, EngineError
 from dataengine.flow import WORKER_CRASHED
@@ -116,12 +121,70 @@ def test_a_finished_run_does_nothing_again(two_core_ray, tmp_path):
     assert run_fake(sources, tmp_path / "c").funnel.kept_clips == 3
 
 
-def test_a_programming_error_stops_the_run_and_names_stage_and_item(two_core_ray, tmp_path):
+def test_a_programming_error_stops_the_run_and_names_stage_item_and_place(two_core_ray, tmp_path):
     sources = make_sources(tmp_path / "in", ["a_1", "bug_1"])
-    with pytest.raises(
-        EngineError, match=r"Stage segment failed on .*bug_1\.mp4: ZeroDivisionError"
-    ):
+    with pytest.raises(EngineError) as caught:
         run_fake(sources, tmp_path / "c")
+    assert re.fullmatch(
+        r"Stage segment failed on \S+bug_1\.mp4: ZeroDivisionError: a bug", str(caught.value)
+    )
+    (line,) = caught.value.hint.splitlines()
+    assert re.search(r"raised at \S+fake_pipeline\.py:\d+ \(_one\), called at ", line)
+
+
+def test_what_a_stage_says_to_the_user_arrives_word_by_word(two_core_ray, tmp_path):
+    """A server that stays away is such a case; the run stops, and nobody is shown a traceback."""
+    sources = make_sources(tmp_path / "in", ["a_1", "away_1"])
+    with pytest.raises(EngineError) as caught:
+        run_fake(sources, tmp_path / "c")
+    assert type(caught.value) is EngineError
+    assert (caught.value.message, caught.value.hint) == ("No answer", "start the server")
+
+
+def from_a_worker(cause: Exception) -> ray.exceptions.RayTaskError:
+    """Returns what `cause`, raised in a worker, arrives as in the driver."""
+    try:
+        raise cause
+    except type(cause) as error:
+        told = "".join(traceback.format_exception(error))
+        sent = ray.exceptions.RayTaskError("f", told, error, "ray::f", 1, "127.0.0.1")
+    return pickle.loads(pickle.dumps(sent))
+
+
+@pytest.mark.parametrize("cause", [EngineError("No answer", "start it"), ConfigError("No", "yes")])
+def test_an_error_of_ours_survives_the_way_from_a_worker(cause):
+    raised = from_a_worker(cause).as_instanceof_cause()
+    assert "File" in str(raised)  # what Ray would show
+    outer = RuntimeError("the executor gave up")
+    outer.__context__ = raised
+    for error in (raised, outer):
+        found = runner._ours(error)
+        assert found is not None
+        assert type(found) is type(cause)
+        assert (found.message, found.hint, str(found)) == (cause.message, cause.hint, cause.message)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            from_a_worker(ValueError("\x1b[31mtwo\nlines")).as_instanceof_cause(),
+            "ValueError: two lines",
+        ),
+        (
+            ray.exceptions.ActorDiedError(from_a_worker(ValueError("no such thing"))),
+            "ActorDiedError: The actor died because of an error raised in its creation task, "
+            "ray::f() (pid=1, ip=127.0.0.1) ValueError: no such thing",
+        ),
+        (RuntimeError("x" * 5000), "RuntimeError: " + "x" * 1000),
+    ],
+    ids=["an error in a stage", "an actor that died", "a long one"],
+)
+def test_no_error_reaches_a_user_as_a_traceback(error, message):
+    assert runner._ours(error) is None
+    told = runner._unforeseen(error)
+    assert told.message == f"The run failed: {message}"
+    assert "run the same command again" in told.hint
 
 
 def test_a_missing_model_is_one_clear_error(two_core_ray, tmp_path):
