@@ -357,10 +357,13 @@ def test_an_ingest_whose_server_stays_away_goes_on_later(server, expected, tmp_p
     pipeline = fusing(client(server, concurrency=2, max_wait_s=1))
     with (
         Killer(server, num_asked * 2 // 3, then_start=False) as killer,
-        pytest.raises(EngineError, match="No answer from tiny"),
+        pytest.raises(EngineError) as stopped,
     ):
         run_fake(sources, tmp_path / "corpus", pipeline)
     assert killer.num_answered is not None
+    assert stopped.value.message.startswith(f"No answer from tiny at {server.base_url} (max_wait_s")
+    assert len(stopped.value.message.splitlines()) == 1
+    assert "start the server and run the same command again" in stopped.value.hint
     kept = Corpus.open(str(tmp_path / "corpus")).catalog().num_rows
     assert 0 < kept < NUM_CLIPS
     server.start()
