@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Commands on a finished corpus: query, subset, compact, verify."""
+"""Commands on a finished corpus: query, subset, compact, export, import, verify."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,6 +13,7 @@ from dataengine.terminal import (
     LIVE,
     CorpusArgument,
     DataArgument,
+    JsonOption,
     OutputFormat,
     print_table,
     text_output,
@@ -134,7 +136,7 @@ def subset(
         typer.Option(
             min=0,
             help="Of clips with the same pictures keep one: frames differ in at most so many bits "
-            "of 64 (pHash). 4 finds other encodings.",
+            "of 64 (pHash). 8 finds other encodings.",
         ),
     ] = None,
     dedup_semantic: Annotated[
@@ -204,6 +206,128 @@ def compact(
 
 
 @corpus_app.command()
+def export(
+    data: Annotated[str, typer.Argument(help="CORPUS, or CORPUS#SUBSET.")] = "",
+    format_name: Annotated[
+        str,
+        typer.Argument(
+            metavar="FORMAT",
+            help="internvid, webdataset, huggingface, interleaved or generation; see docs/exports.md.",
+        ),
+    ] = "",
+    out: Annotated[
+        str, typer.Argument(help="Folder or URL; of internvid perhaps a file, NAME.jsonl.")
+    ] = "",
+    where: Annotated[
+        str | None, typer.Option("--where", "-w", help="SQL condition; p70 is a percentile.")
+    ] = None,
+    caption: Annotated[str | None, typer.Option(help="Column written as the text.")] = None,
+    replace_existing: Annotated[
+        bool, typer.Option("--replace", help="In the place of another export that lies there.")
+    ] = False,
+    refresh: Annotated[
+        str, typer.Option(help="Bring this finished export up to date; takes nothing else.")
+    ] = "",
+    max_bytes: Annotated[
+        str | None, typer.Option(help="Media of one tar or Parquet file; default 1GiB.")
+    ] = None,
+    reencode: Annotated[
+        bool | None,
+        typer.Option("--reencode", help="Videos with nothing hidden behind an edit list."),
+    ] = None,
+    card_only: Annotated[
+        bool | None,
+        typer.Option("--card-only", help="huggingface: the card alone, into the corpus itself."),
+    ] = None,
+    umt_score: Annotated[
+        str | None, typer.Option(help="internvid: column written as UMT_Score.")
+    ] = None,
+    forms: Annotated[
+        str | None, typer.Option(help="interleaved: of sequence,transcript,pair.")
+    ] = None,
+    transcript: Annotated[
+        str | None, typer.Option(help="interleaved: column written as speech.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="interleaved: of what is drawn.")] = None,
+    min_clips: Annotated[
+        int | None, typer.Option(help="interleaved: fewest clips of a video; default 2.")
+    ] = None,
+    drop_video: Annotated[
+        float | None,
+        typer.Option(help="interleaved: share of clips whose video is left out; default 0.3."),
+    ] = None,
+    jsonl: Annotated[
+        bool | None, typer.Option("--jsonl", help="interleaved: JSON lines too.")
+    ] = None,
+    min_aesthetic: Annotated[
+        float | None, typer.Option(help="generation: default 4; 0 takes clips without a score.")
+    ] = None,
+    min_seconds: Annotated[
+        float | None, typer.Option(help="generation: shortest clip; default 2.")
+    ] = None,
+    memory: MemoryOption = None,
+) -> None:
+    """Write a corpus, or a part of it, in a form that others read; run it again to go on."""
+    from dataengine.export.run import export as run_export
+    from dataengine.export.run import read_record
+    from dataengine.export.settings import bytes_of, forms_of, settings_of
+
+    options = {
+        "where": where,
+        "caption": caption,
+        "max_bytes": bytes_of(max_bytes) if max_bytes else None,
+        "reencode": reencode,
+        "card_only": card_only,
+        "umt_score": umt_score,
+        "forms": forms_of(forms) if forms else None,
+        "transcript": transcript,
+        "seed": seed,
+        "min_clips": min_clips,
+        "drop_video": drop_video,
+        "jsonl": jsonl,
+        "min_aesthetic": min_aesthetic,
+        "min_seconds": min_seconds,
+    }
+    if refresh:
+        if data or replace_existing or any(value is not None for value in options.values()):
+            raise ConfigError("--refresh takes nothing else: the export knows what it is")
+        settings, _ = read_record(refresh)
+        out = refresh
+    else:
+        if not (data and format_name and out):
+            raise ConfigError("What is missing: CORPUS, FORMAT or OUT", "dataengine export --help")
+        url, _, name = data.partition("#")
+        settings = settings_of(format_name, options | {"corpus": url, "subset": name})
+    done = run_export(settings, out, replace=replace_existing, memory=memory, console=LIVE)
+    counts = ", ".join(f"{number:,} {name}" for name, number in done.counts.items())
+    LIVE.print(f"{counts}.", highlight=False, markup=False)
+    if done.sync is not None:
+        LIVE.print(
+            f"Written now: {done.sync.num_written:,} clips; {done.sync.added:,} new files, "
+            f"{len(done.sync.rewritten):,} written again, {len(done.sync.removed):,} removed.",
+            highlight=False,
+        )
+    if done.counts.get("problems"):
+        LIVE.print(f"Why clips were left out: column problem of {out}/index.", highlight=False)
+
+
+@corpus_app.command("import")
+def import_export(
+    source: Annotated[str, typer.Argument(help="A huggingface or webdataset export.")],
+    corpus: Annotated[str, typer.Option("--corpus", "-c", help="Where to; made if missing.")],
+) -> None:
+    """Make a corpus from an export of one: clips, captions, scores, provenance and media."""
+    from dataengine.export.imports import import_export as run_import
+
+    done = run_import(source, corpus, console=LIVE)
+    LIVE.print(
+        f"{done.num_clips:,} clips of {done.num_videos:,} videos in {done.num_shards:,} shards; "
+        f"{done.num_known:,} videos were there already.",
+        highlight=False,
+    )
+
+
+@corpus_app.command()
 def verify(
     corpus: CorpusArgument,
     decode: Annotated[bool, typer.Option(help="Also decode every clip and frame.")] = False,
@@ -265,3 +389,38 @@ def _weights(text: str) -> dict[str, float]:
                 f"--mix: not NAME=WEIGHT: {part}", "such as flt=0.7,aes=0.3"
             ) from None
     return weights
+
+
+@corpus_app.command()
+def stats(
+    data: DataArgument,
+    where: Annotated[str, typer.Option(help="SQL condition; p70 is a percentile.")] = "",
+    html: Annotated[Path | None, typer.Option(help="A page of charts, in one file.")] = None,
+    as_json: JsonOption = False,
+    alarms: Annotated[
+        bool, typer.Option(help="Look for texts that stand on many videos; reads all captions.")
+    ] = True,
+    num_texts: Annotated[
+        int, typer.Option(min=1, help="Read words from a sample above so many clips.")
+    ] = 1_000_000,
+    seed: Annotated[int, typer.Option(help="Another seed draws another sample.")] = 0,
+    memory: MemoryOption = None,
+) -> None:
+    """What a corpus is made of: durations, scores, languages, words, verbs, people, costs."""
+    from dataengine.stats.measure import StatsSettings, measure
+
+    settings = StatsSettings(
+        where=where, num_texts=num_texts, alarms=alarms, seed=seed, memory=memory
+    )
+    found = measure(data, settings)
+    if html:
+        from dataengine.stats.page import render
+
+        html.write_text(render(found), encoding="utf-8")
+        LIVE.print(f"Page:    {html}", highlight=False, markup=False, soft_wrap=True)
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), ensure_ascii=False))
+    elif not html:
+        from dataengine.stats.show import show
+
+        show(found)

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Statistics on a terminal: the numbers of the page, without its pictures."""
+
+import sys
+from collections.abc import Sequence
+
+from rich.markup import escape
+from rich.table import Table
+
+from dataengine.funnel import clock, show as show_funnel
+from dataengine.stats.measure import Statistics
+from dataengine.stats.page import percent, value, whole
+from dataengine.terminal import console
+
+_NUM_NAMES = 6
+_NUM_WORDS = 12
+
+
+def show(statistics: Statistics) -> None:
+    """Prints statistics on stdout."""
+    out = console(sys.stdout)
+    where = f" where {statistics.where}" if statistics.where else ""
+    out.print(
+        f"{statistics.data}{where}: {whole(statistics.num_clips)} clips of "
+        f"{whole(statistics.num_videos)} videos, {clock(statistics.hours)}",
+        highlight=False,
+        markup=False,
+    )
+    table = _table("", "clips", "least", "p10", "p30", "p50", "p70", "p90", "most", "mean")
+    for number in (*statistics.numbers, *statistics.lengths, statistics.actionness.per_caption):
+        if number.num:
+            table.add_row(
+                number.name,
+                whole(number.num),
+                value(number.minimum),
+                *map(value, number.percentiles.values()),
+                value(number.maximum),
+                value(number.mean),
+            )
+    out.print(table)
+    table = _table("", "clips", "the most frequent", left=2)
+    for names in statistics.names:
+        if names.num:
+            top = ", ".join(f"{n} {percent(c / names.num)}" for n, c in names.counts[:_NUM_NAMES])
+            table.add_row(names.name, whole(names.num), escape(top))
+    for words in (statistics.words, *statistics.transcripts):
+        if words.top:
+            top = ", ".join(word for word, _ in words.top[:_NUM_WORDS])
+            table.add_row(
+                f"{words.column} {words.language}".strip(), whole(words.num_clips), escape(top)
+            )
+    for topic in statistics.bias:
+        if topic.num_captions:
+            top = ", ".join(f"{g.name} {percent(g.mention_ratio)}" for g in topic.groups)
+            table.add_row(topic.name, whole(topic.num_captions), top)
+    out.print(table)
+    out.print(
+        f"{whole(statistics.actionness.num_verbs)} different verbs, "
+        f"{value(statistics.actionness.mean)} a caption"
+        + (f"; words from a sample of {whole(statistics.num_texts)} clips" if statistics.sampled else "")
+        + "\n",
+        highlight=False,
+    )
+    show_funnel(statistics.funnel, out)
+    if statistics.costs:
+        table = _table("stage, all runs", "rows in", "busy h", "CPU h", "GPU h")
+        for cost in statistics.costs:
+            table.add_row(
+                escape(cost.stage),
+                whole(cost.num_in),
+                *map(value, (cost.busy_hours, cost.cpu_hours, cost.gpu_hours)),
+            )
+        out.print(table)
+    for alarm in statistics.captions.alarms if statistics.captions else ():
+        out.print(f"Alarm: {alarm}", highlight=False, markup=False)
+
+
+def _table(*names: str, left: int = 0) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for place, name in enumerate(names):
+        table.add_column(name, justify="left" if place in (0, left) else "right")
+    return table
