@@ -416,11 +416,49 @@ def stats(
     if html:
         from dataengine.stats.page import render
 
-        html.write_text(render(found), encoding="utf-8")
-        LIVE.print(f"Page:    {html}", highlight=False, markup=False, soft_wrap=True)
+        _write_page(html, render(found))
     if as_json:
         typer.echo(json.dumps(found.to_dict(), ensure_ascii=False))
     elif not html:
         from dataengine.stats.show import show
 
         show(found)
+
+
+@corpus_app.command()
+def compare(
+    first: DataArgument,
+    second: DataArgument,
+    where: Annotated[str, typer.Option(help="SQL condition on both sides.")] = "",
+    html: Annotated[Path | None, typer.Option(help="A page of charts, in one file.")] = None,
+    as_json: JsonOption = False,
+    num_texts: Annotated[
+        int, typer.Option(min=1, help="Read words from a sample above so many clips.")
+    ] = 1_000_000,
+    seed: Annotated[int, typer.Option(help="Another seed draws another sample.")] = 0,
+    memory: MemoryOption = None,
+) -> None:
+    """Two corpora or subsets side by side: what both have, how far apart they are, in which words."""
+    from dataengine.stats.compare import compare as run_compare
+    from dataengine.stats.measure import StatsSettings
+
+    settings = StatsSettings(where=where, num_texts=num_texts, seed=seed, memory=memory)
+    found = run_compare(first, second, settings)
+    if html:
+        from dataengine.stats.page import render_comparison
+
+        _write_page(html, render_comparison(found, where))
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), ensure_ascii=False))
+    elif not html:
+        from dataengine.stats.show import show_comparison
+
+        show_comparison(found)
+
+
+def _write_page(path: Path, page: str) -> None:
+    try:
+        path.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise EngineError(f"The page cannot be written: {error}") from None
+    LIVE.print(f"Page:    {path}", highlight=False, markup=False, soft_wrap=True)

@@ -27,6 +27,7 @@ from dataengine.query.embeddings import (
     in_threads,
     pieces,
     read_vectors,
+    unit,
 )
 from dataengine.query.percentiles import resolve
 from dataengine.query.sql import DEFAULT_COLUMNS, Statement, quoted, with_text
@@ -93,8 +94,6 @@ def near_statement(
         )
     resolved = resolve(db, with_text(db, condition, text), over_all=over_all)
     source = f"clips where ({resolved.condition or 'true'}\n)"
-    if near_clip:
-        source += f" and {_CLIP_ID} <> {quoted(near_clip)}"
     covered = coverage(db, source)
     if near:
         vector = text_vector(corpus, covered.author, near)
@@ -102,6 +101,7 @@ def near_statement(
         vector = image_vector(corpus, covered.author, near_image)
     else:
         vector = clip_vector(db, corpus, near_clip)
+        source += f" and {_CLIP_ID} <> {quoted(near_clip)}"
     count = DEFAULT_LIMIT if limit is None else limit
     db.register("near", find(db, corpus, source, vector, count, threads=threads))
     columns = select or f"similarity, {', '.join(DEFAULT_COLUMNS)}"
@@ -175,7 +175,7 @@ def find(
         db: With the view ``clips``.
         corpus: Whose shards are read.
         source: What follows FROM: ``clips where ...``.
-        vector_D: Unit vector.
+        vector_D: A vector of any length.
         limit: How many, K.
         threads: Shards read at once.
 
@@ -186,7 +186,7 @@ def find(
         CorpusError: If a shard cannot be read.
         ConfigError: If the vector is not as wide as the embeddings.
     """
-    vector_D = np.asarray(vector_D, np.float32)
+    vector_D = unit(np.asarray(vector_D)[None])[0]
 
     def compare(piece: Piece) -> tuple[list[object], np.ndarray]:
         keys, vectors = read_vectors(corpus, piece)

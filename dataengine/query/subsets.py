@@ -217,9 +217,9 @@ def _draw(db: duckdb.DuckDBPyConnection, corpus: Corpus, name: str, wanted: Defi
         )
     if wanted.per_video is not None:
         best = f"{wanted.score} desc" if wanted.order == "top" else _hash(wanted.seed, 1)
-        candidates += (
-            f" qualify row_number() over (partition by video_id order by {best}, start_ms, end_ms) "
-            f"<= {wanted.per_video}"
+        candidates = (
+            f"from ({candidates} qualify row_number() over "
+            f"(partition by video_id order by {best}, start_ms, end_ms) <= {wanted.per_video}) where true"
         )
     db.execute(
         "create temp table weights as select video_id, count(*)::integer as num_clips "
