@@ -240,7 +240,8 @@ class Corpus:
         """Writes one shard of whole videos and the ledger rows of the videos that ended with it.
 
         Args:
-            clips: Rows of CLIP_SCHEMA; all clips of every kept video of ``videos``, no others.
+            clips: Rows of CLIP_SCHEMA, added columns perhaps behind it; all clips of every kept video of
+                ``videos``, no others.
             videos: Rows of VIDEO_SCHEMA without ``run_id``, ``fingerprint`` and ``shard``.
             run_id: The run that writes; it must be the current one.
             fingerprint: Hash of everything in the pipeline that changes what a clip holds.
@@ -273,11 +274,15 @@ class Corpus:
 
     def _write_shard(self, shard: str, clips: pa.Table, row_group_bytes: int) -> pa.Table:
         """Writes the shard file and returns its catalog twin."""
+        given = clips
         clips = clips.select(records.CLIP_SCHEMA.names).cast(records.CLIP_SCHEMA)
         for field in list(self.clip_schema)[len(records.CLIP_SCHEMA) :]:
-            clips = clips.append_column(field, pa.nulls(clips.num_rows, field.type))
+            values: Any = pa.nulls(clips.num_rows, field.type)
+            if field.name in given.column_names:
+                values = given[field.name].cast(field.type)
+            clips = clips.append_column(field, values)
         schema = clips.schema.with_metadata(records.hugging_face_metadata(clips.schema))
-        groups = list(row_groups(_media_bytes(clips), row_group_bytes))
+        groups = list(row_groups(media_bytes(clips), row_group_bytes))
 
         def write(file: BinaryIO) -> None:
             with pq.ParquetWriter(file, schema, **writer_options(schema)) as writer:
@@ -491,7 +496,7 @@ def _counts(part: str, committed: set[str]) -> bool:
     return middle == _DROPS or last in committed
 
 
-def _media_bytes(clips: pa.Table) -> list[int]:
+def media_bytes(clips: pa.Table) -> list[int]:
     """Returns the media bytes of every row."""
     sizes: list[int] = []
     for batch in clips.select(records.MEDIA_COLUMNS).to_batches():
