@@ -158,7 +158,7 @@ def measure(data: str, settings: StatsSettings | None = None) -> Statistics:
     settings = settings or StatsSettings()
     with opened(data, settings) as side:
         numbers, names = distributions(side, bins_for(side))
-        num_texts, lengths = read_texts(side)
+        texts = read_texts(side)
         words = words_of.count_words(side.db, "caption")
         words_of.mark(side.db)
         return Statistics(
@@ -168,11 +168,11 @@ def measure(data: str, settings: StatsSettings | None = None) -> Statistics:
             num_clips=side.num_clips,
             num_videos=side.num_videos,
             hours=side.hours,
-            num_texts=num_texts,
-            sampled=num_texts < side.num_clips,
+            num_texts=texts.num,
+            sampled=texts.num < side.num_clips,
             numbers=tuple(numbers),
-            names=tuple(names),
-            lengths=tuple(lengths),
+            names=tuple(map(numbers_of.shortened, names)),
+            lengths=tuple(length_numbers(texts, c) for c, found in texts.lengths.items() if found),
             words=words,
             transcripts=tuple(words_of.count_by_language(side.db, "transcript")),
             actionness=words_of.actionness(side.db),
@@ -291,8 +291,16 @@ def _size(value: object) -> tuple[int, int]:
     return value["width"], value["height"]
 
 
-def read_texts(side: Side) -> tuple[int, list[Numbers]]:
-    """Reads the texts, splits those of captions and transcripts, and returns all texts' lengths."""
+@dataclass(frozen=True)
+class Texts:
+    """The texts that were read of a side: how many clips, and (words, texts) of every column of texts."""
+
+    num: int
+    lengths: Mapping[str, list[tuple[int, int]]]
+
+
+def read_texts(side: Side) -> Texts:
+    """Reads texts, of a sample where there are many, and splits captions and transcripts into words."""
     columns = [
         field.name
         for field in side.corpus.catalog_schema
@@ -300,11 +308,29 @@ def read_texts(side: Side) -> tuple[int, list[Numbers]]:
     ]
     settings = side.settings
     num = words_of.read_texts(side.db, columns, side.num_clips, settings.num_texts, settings.seed)
-    found = [
-        words_of.split(side.db, column) if column in _TEXTS else words_of.lengths(side.db, column)
-        for column in columns
-    ]
-    return num, [lengths for lengths in found if lengths.num]
+    return Texts(
+        num,
+        {
+            column: words_of.split(side.db, column)
+            if column in _TEXTS
+            else words_of.lengths(side.db, column)
+            for column in columns
+        },
+    )
+
+
+def length_numbers(texts: Texts, column: str, bins: Bins | None = None) -> Numbers:
+    """Returns how long the texts of a column are, in words; ``bins`` is None for round ones."""
+    counts = texts.lengths.get(column, [])
+    return numbers_of.of_counts(
+        f"{column}_words",
+        counts,
+        of="clips",
+        bins=bins,
+        label=f"Length of {column}",
+        unit="words",
+        num_missing=texts.num - sum(num for _, num in counts),
+    )
 
 
 # ------------------------------------------------------------------------------------ whole corpus

@@ -9,7 +9,7 @@ columns into bins at once. Values that are null, NaN or infinite are missing.
 import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import duckdb
@@ -35,7 +35,7 @@ _MOST_BINS = 40
 _SETS = 24
 """Grouping sets of one scan."""
 
-RATIOS = ("32:9", "21:9", "2:1", "16:9", "3:2", "4:3", "1:1", "3:4", "2:3", "9:16", "1:2")
+RATIOS = ("32:9", "21:9", "2:1", "16:9", "3:2", "4:3", "5:4", "11:9", "1:1", "3:4", "2:3", "9:16", "1:2")
 """Aspect ratios that have a name; a picture within 2 % of one counts as it."""
 
 _NOT_MEASURED = frozenset({"start_ms", "end_ms", "width", "height", "row_group", "row"})
@@ -166,7 +166,7 @@ class Names:
         num: Clips that have a name.
         num_missing: Clips that have none.
         num_names: Different names.
-        counts: (name, clips), the most frequent first, at most NUM_NAMES.
+        counts: (name, clips), the most frequent first.
     """
 
     name: str
@@ -222,7 +222,7 @@ def survey(
     quantile = "quantile_disc" if exact else "approx_quantile"
     columns = ", ".join(
         f"count({x}), min({x}), max({x}), avg({x}), {quantile}({x}, [{shares}])"
-        for x in map(_finite, measured)
+        for x in map(finite_sql, measured)
     )
     if not columns:
         return {}
@@ -287,7 +287,7 @@ def count_bins(
         name: f"case when {x} is null then null when {x} < {b.low!r} then -1 when {x} > {b.high!r} then {b.num} "
         f"else greatest(least(floor({x} / {b.width!r} - {b.first})::int, {b.num - 1}), 0) end"
         for name, (number, b) in bins.items()
-        for x in [_finite(number)]
+        for x in [finite_sql(number)]
     }
     keys |= names
     in_bins: dict[str, dict[int, int]] = {name: {} for name in bins}
@@ -402,7 +402,8 @@ def summary_of_counts(counts: Sequence[tuple[int, int]]) -> Summary:
     return Summary(total, float(ordered[0][0]), float(ordered[-1][0]), mean, percentiles)
 
 
-def _finite(number: Measured) -> str:
+def finite_sql(number: Measured) -> str:
+    """Returns SQL for a number that is null where it is NaN or infinite."""
     return (
         number.sql if number.whole else f"case when isfinite({number.sql}) then {number.sql} end"
     )
@@ -438,8 +439,13 @@ def names(
     ordered = sorted(((str(value), num) for value, num in counted), key=lambda item: (-item[1], item[0]))
     total = sum(num for _, num in ordered)
     return Names(
-        name, label, of, total, num_clips - total, len(ordered), tuple(ordered[:NUM_NAMES])
+        name, label, of, total, num_clips - total, len(ordered), tuple(ordered)
     )
+
+
+def shortened(names: Names) -> Names:
+    """Returns a distribution with at most NUM_NAMES names."""
+    return replace(names, counts=names.counts[:NUM_NAMES])
 
 
 def aspect_name(width: int, height: int) -> str:

@@ -13,6 +13,7 @@ from importlib.resources import files
 import jinja2
 
 from dataengine.funnel import clock, rows_of
+from dataengine.stats.compare import Comparison
 from dataengine.stats.measure import Statistics
 from dataengine.stats.numbers import Names, Numbers
 from dataengine.stats.words import Words
@@ -101,6 +102,37 @@ def render(statistics: Statistics) -> str:
             funnel=rows_of(statistics.funnel),
         )
     )
+
+
+def render_comparison(found: Comparison, where: str = "") -> str:
+    """Returns the page of two corpora side by side."""
+    distances = [
+        *((pair, "number") for pair in (*found.numbers, *found.lengths)),
+        *((pair, "names") for pair in found.names),
+    ]
+    return (
+        environment()
+        .get_template("compare.html.j2")
+        .render(
+            found=found,
+            where=where,
+            labels=labels(found.a.data, found.b.data),
+            distances=sorted(
+                distances, key=lambda item: -1 if item[0].distance is None else item[0].distance
+            )[::-1],
+        )
+    )
+
+
+def labels(a: str, b: str) -> tuple[str, str]:
+    """Returns short names for two corpora: the subsets' if that tells them apart, else the folders'."""
+    for shorten in (
+        lambda data: data.rpartition("#")[2].rstrip("/").rpartition("/")[2],
+        lambda data: data.rstrip("/").rpartition("/")[2],
+    ):
+        if shorten(a) != shorten(b):
+            return shorten(a), shorten(b)
+    return (a, b) if a != b else (f"{a} (first)", f"{b} (second)")
 
 
 def _is_score(number: Numbers) -> bool:

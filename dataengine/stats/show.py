@@ -2,14 +2,14 @@
 """Statistics on a terminal: the numbers of the page, without its pictures."""
 
 import sys
-from collections.abc import Sequence
 
 from rich.markup import escape
 from rich.table import Table
 
 from dataengine.funnel import clock, show as show_funnel
+from dataengine.stats.compare import Comparison
 from dataengine.stats.measure import Statistics
-from dataengine.stats.page import percent, value, whole
+from dataengine.stats.page import labels, percent, value, whole
 from dataengine.terminal import console
 
 _NUM_NAMES = 6
@@ -73,6 +73,34 @@ def show(statistics: Statistics) -> None:
         out.print(table)
     for alarm in statistics.captions.alarms if statistics.captions else ():
         out.print(f"Alarm: {alarm}", highlight=False, markup=False)
+
+
+def show_comparison(found: Comparison) -> None:
+    """Prints two corpora side by side on stdout."""
+    out = console(sys.stdout)
+    names = labels(found.a.data, found.b.data)
+    table = _table("", *map(escape, names), "in both", "of all in any")
+    both = found.overlap
+    table.add_row(
+        "clips", whole(found.a.num_clips), whole(found.b.num_clips), whole(both.num_clips), percent(both.clip_jaccard)
+    )
+    table.add_row(
+        "videos", whole(found.a.num_videos), whole(found.b.num_videos), whole(both.num_videos), percent(both.video_jaccard)
+    )
+    table.add_row("h:mm:ss", clock(found.a.hours), clock(found.b.hours), "", "")
+    out.print(table)
+    table = _table("", "distance", *(f"{escape(name)} median" for name in names))
+    for pair in (*found.numbers, *found.lengths):
+        table.add_row(
+            pair.name, value(pair.distance), *(value(side.percentiles.get("p50")) for side in (pair.a, pair.b))
+        )
+    for pair in found.names:
+        tops = (side.counts[0][0] if side.counts else "-" for side in (pair.a, pair.b))
+        table.add_row(pair.name, value(pair.distance), *map(escape, tops))
+    out.print(table)
+    for name, words in zip(names, (found.words_a, found.words_b), strict=True):
+        said = ", ".join(f"{word.word} ({word.num_a}/{word.num_b})" for word in words[:_NUM_WORDS])
+        out.print(f"More often in {name}: {said or '-'}", highlight=False, markup=False)
 
 
 def _table(*names: str, left: int = 0) -> Table:

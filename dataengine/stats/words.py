@@ -169,38 +169,25 @@ def read_texts(
     return _number(db, "select count(*) from texts")
 
 
-def lengths(db: duckdb.DuckDBPyConnection, column: str) -> Numbers:
-    """Returns how many words the texts of a column have; a text of none counts as missing."""
-    rows = db.execute(
+def lengths(db: duckdb.DuckDBPyConnection, column: str) -> list[tuple[int, int]]:
+    """Returns (words, texts that have so many) of a column; texts without a word do not count."""
+    return db.execute(
         f"select num, count(*) from (select len({words_sql(identifier(column))}) as num from texts) "
-        "where num > 0 group by num"
+        "where num > 0 group by num order by num"
     ).fetchall()
-    return _lengths(db, column, rows)
 
 
-def _lengths(
-    db: duckdb.DuckDBPyConnection, column: str, rows: Sequence[tuple[int, int]]
-) -> Numbers:
-    return of_counts(
-        f"{column}_words",
-        rows,
-        of="clips",
-        label=f"Length of {column}",
-        unit="words",
-        num_missing=_number(db, "select count(*) from texts") - sum(num for _, num in rows),
-    )
-
-
-def split(db: duckdb.DuckDBPyConnection, column: str) -> Numbers:
-    """Makes the table ``words_<column>`` (row, language, words); returns the texts' lengths."""
+def split(db: duckdb.DuckDBPyConnection, column: str) -> list[tuple[int, int]]:
+    """Makes the table ``words_<column>`` (row, language, words); returns what `lengths` does."""
     table = identifier(f"words_{column}")
     db.execute(
         f"create or replace temp table {table} as select * from (select rowid as row, language, "
         f"{words_sql(identifier(column))} as words from texts where {identifier(column)} is not null) "
         "where len(words) > 0"
     )
-    rows = db.execute(f"select len(words), count(*) from {table} group by 1").fetchall()
-    return _lengths(db, column, rows)
+    return db.execute(
+        f"select len(words) as num, count(*) from {table} group by num order by num"
+    ).fetchall()
 
 
 def count_words(db: duckdb.DuckDBPyConnection, column: str) -> Words:
