@@ -152,6 +152,13 @@ class Corpus:
         return dict(about.get("columns", {}))
 
     @property
+    def shard_columns(self) -> tuple[str, ...]:
+        """Columns that live in shards only: SHARD_COLUMNS, and added ones that are typed like them."""
+        added = self.added_columns.items()
+        only = (name for name, like in added if like in records.SHARD_COLUMNS)
+        return (*records.SHARD_COLUMNS, *only)
+
+    @property
     def clip_schema(self) -> pa.Schema:
         """Schema of a shard: CLIP_SCHEMA and the added columns."""
         return _with_columns(records.CLIP_SCHEMA, self.added_columns)

@@ -74,8 +74,9 @@ def rewrite_twin(corpus: Corpus, shard: str, run_id: str) -> None:
     Raises:
         SupersededError: If another run took the corpus over.
     """
+    shard_only = corpus.shard_columns
     with corpus.open_shard(shard) as file:
-        kept = [name for name in file.schema_arrow.names if name not in records.SHARD_COLUMNS]
+        kept = [name for name in file.schema_arrow.names if name not in shard_only]
         groups = []
         for group in range(file.metadata.num_row_groups):
             rows = file.read_row_group(group, columns=kept)
