@@ -9,6 +9,7 @@ import http.client
 import importlib.util
 import json
 import os
+import shlex
 import shutil
 import tempfile
 import urllib.error
@@ -18,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from rich.console import Console
 from rich.markup import escape
@@ -36,6 +38,7 @@ ENGINE = "engine"
 
 _ENGINE_PACKAGES = ("av", "cv2", "duckdb", "jinja2", "ray", "torch", "yt_dlp")
 _TIMEOUT_S = 5.0
+_VLLM_PORT = 8000
 _LEAST_FREE_BYTES = 2 * 10**9
 """Free space below which a run is not worth starting: Ray spills to it and clips are cut in it."""
 GPU_FACTOR = 1.3
@@ -181,7 +184,7 @@ def _prompt(stage: str, file: str) -> Finding:
 
 def _endpoint_or_why(need: Endpoint) -> tuple[str, str]:
     """Returns ("", what a server says) or (what is wrong, what mends it)."""
-    serve = f"start one, e.g.: vllm serve {need.model}"
+    serve = f"start one, e.g.: {_serve_command(need)}"
     headers = {"Accept": "application/json"}
     if need.api_key_env:
         key = os.environ.get(need.api_key_env, "")
@@ -215,6 +218,19 @@ def _endpoint_or_why(need: Endpoint) -> tuple[str, str]:
         shown = ", ".join(served[:5]) or "nothing"
         return f"serves {shown}", "set model to one that is served, or start another server"
     return "", f"answers, serves {need.model}"
+
+
+def _serve_command(need: Endpoint) -> str:
+    """Returns what starts a server where an endpoint is expected."""
+    try:
+        port = urlsplit(need.base_url).port
+    except ValueError:  # no number; the request says so
+        port = None
+    words = ["vllm", "serve", need.model]
+    if port not in (None, _VLLM_PORT):
+        words += ["--port", str(port)]
+    # The pairing of questions and answers can then be checked.
+    return shlex.join([*words, "--enable-request-id-headers"])
 
 
 def _endpoint_finding(stage: str, need: Endpoint, answer: tuple[str, str]) -> Finding:

@@ -28,11 +28,13 @@ class Weights:
             ``revision`` its ``pretrained``), ``file`` (a local path, which only the user can bring).
         name: Id, name or path.
         revision: Commit, tag or branch; empty takes the newest.
+        mend: Command that makes a ``file`` that is missing; empty where none does.
     """
 
     kind: Literal["hub", "tokenizer", "whisper", "open_clip", "file"]
     name: str
     revision: str = ""
+    mend: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,6 +41,7 @@ WHISPER_FILES = {
 
 FETCH_HINT = "dataengine prefetch PIPELINE"
 """What brings weights that only have to be fetched."""
+_BRING = "put the file there, or change the setting"
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 _OPEN_CLIP = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
@@ -171,7 +172,7 @@ def find(weights: Weights) -> Found | Missing:
             path = Path(weights.name).expanduser()
             if path.is_file():
                 return Found(path, path.stat().st_size)
-            return Missing(f"no such file: {path}", "put the file there, or change the setting")
+            return Missing(f"no such file: {path}", weights.mend or _BRING)
 
 
 def _find_hub(

@@ -6,6 +6,7 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
+from urllib.parse import urlsplit
 
 import pytest
 import torch
@@ -281,7 +282,25 @@ def test_a_server_with_other_models_is_told_from_one_that_is_down():
     down = endpoint(base_url=f"http://127.0.0.1:{free_port()}/v1")
     assert down.status == "missing"
     assert down.detail.startswith("no answer from")
-    assert down.hint.endswith("vllm serve served")
+    port = urlsplit(down.name.split()[-1]).port
+    command = f"vllm serve served --port {port} --enable-request-id-headers"
+    assert down.hint.endswith(command)
+    with socket.socket() as taken:
+        try:
+            taken.bind(("127.0.0.1", 8000))
+        except OSError:
+            return  # somebody serves there
+    usual = endpoint(base_url="http://127.0.0.1:8000/v1")
+    assert usual.hint.endswith("vllm serve served --enable-request-id-headers")
+
+
+def test_a_captioner_of_sound_that_is_not_there_is_to_be_trained(tmp_path):
+    model = {"kind": "beats", "captioner": str(tmp_path / "mine")}
+    findings = examine(pipeline_of(caption_audio={"model": model}))
+    hints = {finding.hint for finding in findings if finding.kind == "weights"}
+    (hint,) = hints
+    assert hint.startswith("python -m training.audio_captioner training/audio_caption/wavcaps.yaml")
+    assert f"--output {tmp_path}/mine" in hint
 
 
 @pytest.mark.parametrize("body", [b"<html>", b"[]", b'{"data": ["served"]}', b"\xff"])

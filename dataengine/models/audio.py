@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sound -> a caption of what is heard."""
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Protocol
@@ -77,8 +78,10 @@ class BeatsCaptionerConfig(Settings):
         """Returns the library, the folder, and what the folder names once it is there."""
         needed: list[Need] = [
             Package("transformers"),
-            Weights("file", str(Path(self.captioner) / "config.json")),
-            Weights("file", str(Path(self.captioner) / "model.safetensors")),
+            *(
+                Weights("file", str(Path(self.captioner) / name), mend=_train(self.captioner))
+                for name in ("config.json", "model.safetensors")
+            ),
         ]
         beats, language_model, revision = self.beats, self.language_model, ""
         named = _named_in(self.captioner)
@@ -92,6 +95,14 @@ class BeatsCaptionerConfig(Settings):
         if language_model:
             needed.append(Weights("hub", language_model, revision))
         return tuple(needed)
+
+
+def _train(folder: str) -> str:
+    """Returns the command that trains a captioner of sound into a folder."""
+    return (
+        "python -m training.audio_captioner training/audio_caption/wavcaps.yaml --data LIST.jsonl "
+        f"--audio DIR --output {shlex.quote(folder)} --set beats=BEATs.pt"
+    )
 
 
 class ClapTagsConfig(Settings):
