@@ -222,12 +222,41 @@ def _settings(
         return cls.model_validate(content or {})
     except ValidationError as error:
         for problem in error.errors():
-            # The name of a union's member is pydantic's, not a key in the user's file.
-            keys = [str(key) for key in problem["loc"]]
             value = problem["input"]
             shown = "" if isinstance(value, Mapping) else f" (got {value!r})"
-            problems.append(f"{'.'.join([where, *keys])}: {problem['msg']}{shown}")
+            place = ".".join([where, *setting_place(problem["loc"], content)])
+            problems.append(f"{place}: {problem_text(problem['msg'])}{shown}")
         return None
+
+
+def setting_place(loc: Sequence[str | int], content: object) -> list[str]:
+    """Returns the keys that lead to a setting in a user's file.
+
+    Args:
+        loc: Where pydantic says that it is: after the key of a union on ``kind`` with the name of its
+            member, which is no key.
+        content: What was checked, as plain values.
+    """
+    keys: list[str] = []
+    node, is_entered = content, True
+    for key in loc:
+        if is_entered and isinstance(node, Mapping) and node.get("kind") == key:
+            is_entered = False
+            continue
+        keys.append(str(key))
+        is_entered = True
+        if isinstance(node, Mapping):
+            node = node.get(key)
+        elif isinstance(node, list) and isinstance(key, int) and key < len(node):
+            node = node[key]
+        else:
+            node = None
+    return keys
+
+
+def problem_text(message: str) -> str:
+    """Returns what pydantic says is wrong, without its own name for the error."""
+    return message.removeprefix("Value error, ").removeprefix("Assertion failed, ")
 
 
 def _apply(content: dict[str, Any], override: str, problems: list[str]) -> None:

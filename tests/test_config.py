@@ -151,3 +151,24 @@ def test_set_changes_a_setting_and_the_fingerprint(write):
         load_pipeline(path, ["name=[1"])
     with pytest.raises(ConfigError, match="expected KEY=VALUE"):
         load_pipeline(path, ["stages.download.retries"])
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        (
+            "stages.fuse.model={kind: llm, llm: {kind: http}}",
+            "stages.fuse.model.llm.base_url: Field",
+        ),
+        ("stages.fuse.model={kind: template, template: 3}", "stages.fuse.model.template: Input"),
+        ("stages.fuse.model.kind=magic", "stages.fuse.model: Input tag 'magic'"),
+        ("stages.fuse.model.prompt=bad.yaml", "stages.fuse.model.prompt: "),
+    ],
+)
+def test_a_setting_inside_a_kind_is_called_by_its_place_in_the_file(write, override, said):
+    model = "{kind: llm, llm: {kind: http, base_url: 'http://h/v1', model: m}}"
+    path = write(f"name: x\nstages: {{fuse: {{model: {model}}}}}")
+    with pytest.raises(ConfigError) as error:
+        load_pipeline(path, [override])
+    assert f"\n  {said}" in error.value.message
+    assert "Value error" not in error.value.message
