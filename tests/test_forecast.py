@@ -15,7 +15,7 @@ from rich.console import Console
 
 from dataengine import records
 from dataengine.corpus import Corpus
-from dataengine.errors import ConfigError, CorpusError
+from dataengine.errors import ConfigError, CorpusError, EngineError
 from dataengine.forecast import (
     Comparison,
     Forecast,
@@ -333,6 +333,30 @@ def plan_of(sources, **options: Any) -> Forecast:
     result = make_forecast(fake_pipeline(), words, quiet(), **options)
     assert result is not None
     return result
+
+
+def test_a_sample_without_clips_is_no_forecast(engine, tmp_path, monkeypatch):
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    for index in range(2):
+        (folder / f"{index}_0.mp4").write_bytes(bytes([index]) * 10)
+
+    def execute(pipeline, corpus, run_id, plan, *, address, display):
+        rows = [
+            ledger_row(
+                records.file_video_id(row["source"]), [], source=row["source"], stage="download",
+                status=records.DROPPED, reason="not_a_video",
+            )
+            for row in pq.read_table(plan.todo).to_pylist()
+        ]  # fmt: skip
+        corpus.commit(clips_table([]), rows, run_id=run_id, fingerprint="f")
+        return Snapshot({name: StageCounts() for name in ("segment", "caption")})
+
+    monkeypatch.setattr("dataengine.runner.execute", execute)
+    with pytest.raises(EngineError, match="No clip came out of the sample of 2 sources") as error:
+        make_forecast(fake_pipeline(), [str(folder)], quiet(), num_sample=6)
+    assert error.value.message.endswith(": download: not_a_video 2")
+    assert error.value.exit_code == 1
 
 
 def test_a_plan_scales_what_the_sample_took(engine, sources, tmp_path):

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from dataengine.config import Pipeline
 from dataengine.doctor import devices_of
-from dataengine.errors import ConfigError
+from dataengine.errors import ConfigError, EngineError
 from dataengine.forecast.bootstrap import COVERAGE, NUM_DRAWS, RUN_NOISE, SMALL_SAMPLE, Estimate
 from dataengine.forecast.cluster_time import WALL_NOISE, ClusterTime, WallTime, pool_name
 from dataengine.forecast.kept_plan import existing
@@ -91,12 +91,29 @@ def make_forecast(
         with Workplace(folder, corpus_url, address) as place:
             snapshot, sample_time = run_sample(pipeline, sample, place, console, address)
             measured = measure(place, snapshot, [sources.names[i] for i in chosen])
+    if not sum(measured["clips"]):
+        raise _no_clips(measured, len(chosen))
     estimate = Estimate.of(measured, sources, chosen, seed)
     return _forecast(
         pipeline, snapshot, estimate, sources, sample_time, seed,
         pools=pools, own_pools=plan_pools(pipeline.stages, *own),
         cluster=cluster or own, own=own, num_refused=plan.num_refused,
     )  # fmt: skip
+
+
+def _no_clips(measured: Mapping[str, Sequence[float]], num_sampled: int) -> EngineError:
+    """Returns what is said of a sample that nothing came out of: there is nothing to scale up."""
+    losses = {
+        name.removeprefix("loss "): int(sum(values))
+        for name, values in measured.items()
+        if name.startswith("loss ")
+    }
+    listed = sorted(losses.items(), key=lambda loss: (-loss[1], loss[0]))
+    reasons = "; ".join(f"{name} {count}" for name, count in listed)
+    return EngineError(
+        f"No clip came out of the sample of {num_sampled} source{'s' * (num_sampled != 1)}: {reasons}",
+        "if that is not what the sources are like, draw others with --seed or more with --sample",
+    )
 
 
 def parse_cluster(text: str) -> tuple[float, float]:
