@@ -18,9 +18,9 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from dataengine.errors import ConfigError
+from dataengine.errors import ConfigError, EngineError
 from dataengine.models.answers import BAD_OUTPUT, Failure
-from dataengine.models.llm import LanguageModel, Request
+from dataengine.models.llm import COMMITTED, LanguageModel, Request
 from dataengine.models.validate import Answer, parse_object
 from dataengine.phrases import FUNCTION_WORDS, phrase_stems, plain_phrase, word_stem
 from dataengine.prompts import (
@@ -258,6 +258,12 @@ def _keep_answers(path: Path, answers: Mapping[str, str]) -> None:
         os.fsync(file.fileno())
 
 
+def _with_journal(error: EngineError, answers_file: Path | None, num_kept: int) -> EngineError:
+    """Returns an error whose hint says what is kept here: there is no corpus."""
+    safe = f"{num_kept:,} answers are kept in {answers_file}" if answers_file else "nothing is kept"
+    return type(error)(error.message, error.hint.replace(COMMITTED, safe))
+
+
 def extract_actions(
     parts: Sequence[Piece],
     model: LanguageModel,
@@ -282,6 +288,7 @@ def extract_actions(
     labels: list[Label] = []
     failed: Counter[str] = Counter()
     kept = kept_answers(answers_file) if answers_file is not None else {}
+    num_kept = len(kept)
     for start in range(0, len(parts), settings.questions_per_call):
         group = parts[start : start + settings.questions_per_call]
         requests = [
@@ -292,7 +299,10 @@ def extract_actions(
             for request in requests
         ]
         missing = [request for request, key in zip(requests, keys, strict=True) if key not in kept]
-        answers = model.answer(missing) if missing else {}
+        try:
+            answers = model.answer(missing) if missing else {}
+        except EngineError as error:
+            raise _with_journal(error, answers_file, num_kept) from error
         new: dict[str, str] = {}
         for request, key, piece in zip(requests, keys, group, strict=True):
             answer = kept.get(key) or answers.get(request.id, Failure(BAD_OUTPUT, "no answer"))
@@ -307,6 +317,7 @@ def extract_actions(
                     new[key] = answer
         if new and answers_file is not None:
             _keep_answers(answers_file, new)
+            num_kept += len(new)
         logger.info("%d of %d pieces of text", start + len(group), len(parts))
     notes = {
         "model": model.model,

@@ -11,6 +11,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 from rich.progress import Progress
 
+from dataengine.config import problem_text, setting_place
 from dataengine.errors import ConfigError
 from dataengine.stage import Settings
 from dataengine.terminal import LIVE
@@ -204,9 +205,10 @@ def _checked(cls: type[SettingsT], what: str, **values: Any) -> SettingsT:
         raise ConfigError(f"Not valid: {what}\n{_problems(error)}") from None
 
 
-def _problems(error: ValidationError) -> str:
+def _problems(error: ValidationError, content: object = None) -> str:
     return "\n".join(
-        f"  {'.'.join(map(str, problem['loc'])) or 'llm'}: {problem['msg']}"
+        f"  {'.'.join(setting_place(problem['loc'], content)) or 'llm'}: "
+        f"{problem_text(problem['msg'])}"
         for problem in error.errors()
     )
 
@@ -242,5 +244,5 @@ def load_llm(file: Path | None, overrides: Sequence[str]) -> "LanguageModel":
         raise ConfigError(f"Not valid YAML: {file or '--set'}\n  {error}") from None
     except ValidationError as error:
         raise ConfigError(
-            f"Not the settings of a language model: {file or '--set'}\n{_problems(error)}"
+            f"Not the settings of a language model: {file or '--set'}\n{_problems(error, content)}"
         ) from None

@@ -13,6 +13,7 @@ from dataengine import actions, queries
 from dataengine.actions import ExtractSettings, Piece, extract_actions, pieces, split_text
 from dataengine.errors import ConfigError, EngineError
 from dataengine.models.answers import Failure
+from dataengine.models.llm import COMMITTED
 from dataengine.phrases import plain_phrase, word_stem
 from dataengine.queries import Label, MergeSettings, merge, read_labels
 from dataengine.queries_cli import load_llm, queries_app
@@ -338,13 +339,14 @@ def test_a_run_that_was_stopped_asks_only_what_is_missing(tmp_path):
     class Leaves(FakeModel):
         def answer(self, requests):
             if len(self.requests) == 4:
-                raise EngineError("The server is away")
+                raise EngineError("The server is away", f"{COMMITTED}; start the server")
             return super().answer(requests)
 
     said = {verb: {"actions": [f"{verb} things"]} for verb in verbs} | {"boil": "nonsense"}
     settings, file = ExtractSettings(questions_per_call=2), tmp_path / "q.answers.jsonl"
-    with pytest.raises(EngineError):
+    with pytest.raises(EngineError, match="away") as stopped:
         extract_actions(parts, Leaves(said), settings, file)
+    assert stopped.value.hint == f"3 answers are kept in {file}; start the server"
     with open(file, "ab") as torn:
         torn.write(b'{"key": "half')
     model = FakeModel(said | {"boil": {"actions": ["boil things"]}})

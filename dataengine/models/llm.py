@@ -46,6 +46,10 @@ class Request:
     max_tokens: int = 256
 
 
+COMMITTED = "what was committed is safe"
+"""What a run over a corpus can say when a server goes away; in hints."""
+
+
 def schema_prompt(request: Request) -> str:
     """Returns the prompt of a request, with its JSON schema in words where it has one.
 

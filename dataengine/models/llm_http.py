@@ -30,6 +30,7 @@ from urllib.parse import quote
 from dataengine.errors import DependencyError, EngineError
 from dataengine.models.answers import BAD_OUTPUT, REFUSED, TIMEOUT, Failure
 from dataengine.models.llm import (
+    COMMITTED,
     HttpLLMConfig,
     Request,
     check_ids,
@@ -45,7 +46,6 @@ _CONNECT_S = 10.0
 _MOST_FAULTS = 3
 _MOST_REFUSALS = 32
 """A server that refuses so many requests, and has never answered one, does not know a field of ours."""
-_COMMITTED = "what was committed is safe"
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,14 +207,14 @@ class HttpLLM:
                 if self._config.api_key_env
                 else "name the environment variable with its key in api_key_env"
             )
-            raise EngineError(f"{self._config.base_url} refuses us: {why}", f"{hint}; {_COMMITTED}")
+            raise EngineError(f"{self._config.base_url} refuses us: {why}", f"{hint}; {COMMITTED}")
         if status in (404, 405):
             raise EngineError(
                 f"{self._config.base_url} does not serve {self._config.model}: {why}",
-                f"{await self._served()}; {_COMMITTED}",
+                f"{await self._served()}; {COMMITTED}",
             )
         if status == 429 and getattr(error, "code", None) == "insufficient_quota":
-            raise EngineError(f"{self._config.base_url}: {why}", f"pay for more; {_COMMITTED}")
+            raise EngineError(f"{self._config.base_url}: {why}", f"pay for more; {COMMITTED}")
         if status in (408, 409, 425, 429):
             return _Again(why, after_s=_retry_after(error.response.headers))
         if status >= 500:
@@ -271,7 +271,7 @@ class HttpLLM:
             raise EngineError(
                 f"No answer from {self._config.model} at {self._config.base_url}{asked} "
                 f"(max_wait_s is {self._config.max_wait_s:g}): {again.why}",
-                f"{_COMMITTED}; start the server and run the same command again. If it is "
+                f"{COMMITTED}; start the server and run the same command again. If it is "
                 "overloaded, lower concurrency or raise timeout_s and max_wait_s",
             )
         # Spread, so that many actors do not come back at the same moment; never before Retry-After.
