@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 _PLAIN_INTERVAL_S = 10.0
+_UNCHANGED_INTERVAL_S = 60.0
 
 
 @dataclass
@@ -68,7 +69,16 @@ class Snapshot:
 
 
 class ProgressDisplay:
-    """Live bars on a terminal, a line every ten seconds elsewhere. Use as a context manager."""
+    """Live bars on a terminal, elsewhere a line every ten seconds, or every minute while nothing ends.
+
+    Use as a context manager.
+
+    Args:
+        console: Where to.
+        stages: Their names, in order.
+        num_videos: How many units there are in all.
+        unit: What the whole is counted in; the stages' counts are rows: videos, then clips.
+    """
 
     def __init__(
         self, console: Console, stages: Sequence[str], num_videos: int, unit: str = "videos"
@@ -78,6 +88,7 @@ class ProgressDisplay:
         self._num_videos = num_videos
         self._start = time.monotonic()
         self._last_plain = self._start
+        self._last_counts: list[int] = []
         self._bars = Progress(
             TextColumn("  {task.description:<18}"),
             BarColumn(bar_width=24),
@@ -105,36 +116,49 @@ class ProgressDisplay:
         if 0 < done < self._num_videos:
             whole += f", {duration(elapsed / done * (self._num_videos - done))} left"
         self._update(self._videos, done, self._num_videos, whole)
-        upstream = self._num_videos
+        # A shard's clips are not counted before.
+        upstream = self._num_videos if self._unit == "videos" else None
         for name, task in self._stages.items():
             counts = snapshot.stages.get(name, StageCounts())
             rate = _rate(counts.num_in, counts.busy_s, "rows")
             note = f"{rate} busy" if rate else "" if counts.num_in else "waiting"
             if counts.num_dropped:
                 note += f", {counts.num_dropped} dropped"
-            self._update(task, counts.num_in, max(upstream, counts.num_in), note)
+            total = None if upstream is None else max(upstream, counts.num_in)
+            self._update(task, counts.num_in, total, note)
             upstream = counts.num_out
-        if (
-            not self._console.is_terminal
-            and time.monotonic() - self._last_plain > _PLAIN_INTERVAL_S
-        ):
-            self._last_plain = time.monotonic()
-            stages = "  ".join(
-                f"{name} {snapshot.stages[name].num_in}"
-                for name in self._stages
-                if name in snapshot.stages
-            )
-            self._console.print(
-                f"{duration(elapsed):>7}  {self._unit} {done} of {self._num_videos}  {whole}  {stages}",
-                highlight=False,
-                soft_wrap=True,
-            )
+        if not self._console.is_terminal:
+            self._show_plain(snapshot, elapsed, whole)
+
+    def _show_plain(self, snapshot: Snapshot, elapsed: float, whole: str) -> None:
+        done = snapshot.num_videos_done
+        stages = [snapshot.stages.get(name, StageCounts()) for name in self._stages]
+        counts = [
+            done,
+            *(stage.num_in for stage in stages),
+            *(stage.num_actors for stage in stages),
+        ]
+        since_s = time.monotonic() - self._last_plain
+        unchanged = counts == self._last_counts
+        if since_s <= (_UNCHANGED_INTERVAL_S if unchanged else _PLAIN_INTERVAL_S):
+            return
+        self._last_plain, self._last_counts = time.monotonic(), counts
+        parts = [f"{self._unit} {done} of {self._num_videos}", whole]
+        parts += [
+            f"{name} {stage.num_in:,}" if stage.num_actors else f"{name} starting"
+            for name, stage in zip(self._stages, stages, strict=True)
+        ]
+        if done >= self._num_videos > 0:
+            parts.append("finishing")
+        line = "  ".join(part for part in parts if part)
+        self._console.print(f"{duration(elapsed):>7}  {line}", highlight=False, soft_wrap=True)
 
     def _add(self, name: str, total: int | None) -> TaskID:
         return self._bars.add_task(name, total=total, known="", note="")
 
-    def _update(self, task: TaskID, completed: int, total: int, note: str) -> None:
-        self._bars.update(task, completed=completed, total=total, known=str(total), note=note)
+    def _update(self, task: TaskID, completed: int, total: int | None, note: str) -> None:
+        known = "?" if total is None else str(total)
+        self._bars.update(task, completed=completed, total=total, known=known, note=note)
 
 
 def duration(seconds: float) -> str:
