@@ -2,7 +2,8 @@
 """Commands on a finished corpus: query, subset, compact, export, import, verify."""
 
 import json
-from dataclasses import replace
+import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +16,7 @@ from dataengine.terminal import (
     DataArgument,
     JsonOption,
     OutputFormat,
+    console,
     print_table,
     text_output,
 )
@@ -325,6 +327,37 @@ def import_export(
         f"{done.num_known:,} videos were there already.",
         highlight=False,
     )
+
+
+@corpus_app.command()
+def diff(
+    before: Annotated[str, typer.Argument(help="CORPUS, or CORPUS@SNAPSHOT of a merge.")],
+    after: Annotated[str, typer.Argument(help="The same, or another corpus.")],
+    as_json: JsonOption = False,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="A row per clip: .parquet, .csv or .jsonl."),
+    ] = None,
+    memory: MemoryOption = None,
+) -> None:
+    """Say which clips were added, removed and changed, and in which columns.
+
+    Exit status: 0 the two are equal, 1 they differ, 2 they cannot be compared.
+    """
+    from dataengine.query import diff as differences
+
+    try:
+        found = differences.diff(
+            differences.State.open(before), differences.State.open(after),
+            output=output, memory=memory,
+        )  # fmt: skip
+    except EngineError as error:  # 1 means something else here
+        raise ConfigError(error.message, error.hint) from None
+    if as_json:
+        typer.echo(json.dumps(asdict(found), indent=1, ensure_ascii=False, default=str))
+    else:
+        differences.show(found, console(sys.stdout))
+    raise typer.Exit(0 if found.is_equal else 1)
 
 
 @corpus_app.command()
