@@ -7,11 +7,13 @@ different videos, and notes in the provenance. Only the catalog is read, and of 
 provenance; memory does not grow with the number of different texts.
 """
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 
 import duckdb
 import pyarrow as pa
 from pydantic import Field
+from rich.console import Console
 
 from dataengine.corpus import Corpus
 from dataengine.query.sql import connect
@@ -156,6 +158,20 @@ def check_captions(corpus: Corpus, settings: AlarmSettings | None = None) -> Cap
         authors = _authors(db)
     alarms = [*map(_text_sentence, texts), *_note_sentences(authors, settings)]
     return CaptionAlarms(texts, authors, tuple(sentence for sentence in alarms if sentence))
+
+
+def say_alarms(corpus: Corpus, console: Console, columns: Collection[str] = ()) -> None:
+    """Prints a line for each suspicion: a run that failed on all it was given must not end in silence.
+
+    Args:
+        corpus: That a run has just ended in.
+        console: Where to.
+        columns: Says only what is about these; none takes all.
+    """
+    for sentence in check_captions(corpus).alarms:
+        if not columns or sentence.partition(":")[0] in columns:
+            line = f"warning: {sentence}"
+            console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 # ---------------------------------------------------------------------------------------- texts

@@ -135,8 +135,9 @@ def make_annotation(
     chosen = replace(pipeline, stages=stages)
     mark = records.digest(chosen.fingerprint, suffix, where)
     annotation = Annotation(chosen, suffix, where, mark)
-    taken = sorted(set(annotation.columns) & set(records.CLIP_SCHEMA.names)) if suffix else []
-    if taken and taken != ["provenance"]:
+    # All annotations add to the provenance.
+    taken = sorted(set(_own(list(annotation.columns))) & set(records.CLIP_SCHEMA.names))
+    if suffix and taken:
         raise ConfigError(f"Columns of that name exist: {', '.join(taken)}", "another --suffix")
     return annotation
 

@@ -147,9 +147,11 @@ def annotate(
     ] = None,
 ) -> None:
     """Run annotation stages again over a corpus: a new model, a new prompt."""
+    from dataengine.alarms import say_alarms
     from dataengine.annotate import annotate as run_annotation
     from dataengine.annotate import make_annotation
     from dataengine.config import load_pipeline
+    from dataengine.corpus import Corpus
 
     chosen = make_annotation(load_pipeline(pipeline, overrides or []), stage, suffix, where)
     with _interruptible():
@@ -168,6 +170,7 @@ def annotate(
     )
     for name, num_clips in result.skipped.items():
         LIVE.print(f"{name}: {num_clips:,} clips could not be worked on and stay", highlight=False)
+    say_alarms(Corpus.open(corpus), LIVE, chosen.columns)
     if not suffix and "caption_video" in stage and "fuse" not in stage:
         LIVE.print(
             "Training reads the column caption, which the stage fuse writes: add --stage fuse to "
@@ -298,8 +301,10 @@ def _interruptible(
 
 
 def _say_result(result: "RunResult", corpus: str) -> None:
-    """Prints how a run ended and what to type next."""
+    """Prints how a run ended, what is suspicious about its corpus, and what to type next."""
     from dataengine import funnel
+    from dataengine.alarms import say_alarms
+    from dataengine.corpus import Corpus
 
     LIVE.print()
     funnel.show(result.funnel, LIVE)
@@ -317,6 +322,7 @@ def _say_result(result: "RunResult", corpus: str) -> None:
         )
         report = f"{corpus.rstrip('/')}/runs/{result.run_id}/report.html"
         LIVE.print(f"Report:  {report}", highlight=False, soft_wrap=True)
+        say_alarms(Corpus.open(corpus), LIVE)
     if failed:
         LIVE.print(
             f"Retry:   {failed:,} source{'s' * (failed != 1)} failed for reasons that may pass: "

@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Corpora made by hand, with captions that repeat and models that fail."""
 
+import io
 import json
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
+from rich.console import Console
 
 from dataengine import alarms
-from dataengine.alarms import AlarmSettings, NoteCount, check_captions
+from dataengine.alarms import AlarmSettings, NoteCount, check_captions, say_alarms
 from dataengine.corpus import Corpus
 from dataengine.stage import provenance
 from tests.helpers import clip_row, clips_table, ledger_row
@@ -188,3 +191,48 @@ def test_settings_that_make_no_sense_are_refused():
     for settings in ({"max_text_ratio": 0}, {"min_videos": 1}, {"num_texts": 0}):
         with pytest.raises(ValidationError):
             AlarmSettings(**settings)
+
+
+def test_a_run_whose_model_failed_on_all_says_so_at_its_end(tmp_path, monkeypatch, capsys):
+    """The first thing seen of a captioner that cannot caption must not be the report."""
+    from dataengine import cli
+    from dataengine.annotate import AnnotationResult
+
+    failed = provenance("caption_video", "blip", note="failed:bad_output")
+    corpus = make(tmp_path / "c", 2, 8, lambda *_: {"caption_video": None, "provenance": [failed]})
+    sentence = "warning: caption_video: the model failed on 16 of 16 clips (100%): bad_output 16"
+    for columns, said in (((), True), (("caption_video",), True), (("caption_audio",), False)):
+        out = io.StringIO()
+        say_alarms(corpus, Console(file=out, width=40), columns)
+        assert (out.getvalue() == sentence + "\n") == said
+    monkeypatch.setattr(cli, "LIVE", Console(width=40, stderr=True))
+    result = AnnotationResult("r-1", 2, 16, {}, 1.0)
+    monkeypatch.setattr("dataengine.annotate.annotate", lambda *_, **__: result)
+    cli.annotate(corpus.url, Path("pipelines/quickstart.yaml"), ["caption_video"])
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_column_that_was_declared_and_never_written_is_no_trouble(tmp_path):
+    """As an annotation leaves a corpus whose model does not load."""
+    from dataengine.annotate import _declare, _todo
+    from dataengine.query.verify import verify
+    from dataengine.remove import remove
+    from tests.test_annotate import make as make_annotation
+    from tests.test_annotate import run_here
+
+    corpus = make(tmp_path / "c", 3, 2, lambda video, clip: {"caption": own(video, clip)})
+    annotation = make_annotation("_llm")
+    _declare(corpus, annotation)
+    corpus = Corpus.open(corpus.url)
+    assert "caption_llm" in corpus.catalog_schema.names
+    assert [texts.column for texts in check_captions(corpus).texts] == ["caption"]
+    assert not verify(corpus).problems
+    assert remove(corpus, ["v00"]).num_clips == 2
+    corpus = Corpus.open(corpus.url)
+    assert not verify(corpus).problems
+    corpus.take_over("r-3")
+    assert len(_todo(corpus, annotation, again=False)[0]) == 1
+    run_here(corpus, annotation, run_id="r-3")
+    found = check_captions(Corpus.open(corpus.url))
+    assert [texts.column for texts in found.texts] == ["caption", "caption_llm"]
+    assert not verify(corpus).problems

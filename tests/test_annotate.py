@@ -250,3 +250,9 @@ def test_killed_at_any_moment_every_clip_is_annotated_once(tmp_path):
 def is_done(corpus, shard):
     path = Path(corpus.path("catalog", f"{shard}.parquet"))
     return b"dataengine.annotated" in (pq.read_schema(path).metadata or {})
+
+
+def test_only_columns_that_clash_are_named():
+    pipeline = load_pipeline("pipelines/quickstart.yaml")
+    with pytest.raises(ConfigError, match=r"Columns of that name exist: caption_video_coarse$"):
+        make_annotation(pipeline, ["caption_video"], "_coarse")
