@@ -25,8 +25,8 @@ from dataengine.models.validate import (
     Answer,
     TextChecker,
     ask,
-    echo_problem,
     contact_problem,
+    echo_problem,
     grounding_problem,
     parse_object,
 )

@@ -76,7 +76,7 @@ class TextChecks(Settings):
     min_own_confidence: float = Field(default=0.1, ge=0, le=1)
     """... and where ``language`` itself is less likely than this: a text may be torn between languages,
     none of which it should be in."""
-    min_language_words: int = Field(default=5, ge=1)
+    min_language_words: int = Field(default=8, ge=1)
     """Shorter texts are not judged by language."""
     lid: LanguageIdentifierConfig = FastTextConfig()
     """Who tells the language."""
