@@ -104,6 +104,7 @@ class Viewer:
             ("/", "index.html", "text/html"),
             ("/viewer.js", "viewer.js", "text/javascript"),
             ("/viewer.css", "viewer.css", "text/css"),
+            ("/icon.svg", "icon.svg", "image/svg+xml"),
         ):
             content = files("dataengine.viewer").joinpath("page", name).read_bytes()
             app.get(path)(_constant(content, kind))

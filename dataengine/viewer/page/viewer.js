@@ -148,8 +148,11 @@ async function loadPage(pick) {
     else remember();
     for (const kind of ["csv", "jsonl", "parquet"]) $(kind).href = `/api/export?${new URLSearchParams({ ...parameters(), format: kind })}`;
   } catch (error) {
-    if (!aborted(error)) showError(error);
-    if (aborted(error)) return;
+    if (aborted(error)) return; // a newer question is on its way
+    showPercentiles([]);
+    showError(error);
+    $("show").textContent = "Show";
+    return; // what is left of the filter before stays pale
   }
   results.classList.remove("busy");
   $("show").textContent = "Show";
@@ -159,7 +162,7 @@ async function loadCount() {
   $("count").textContent = "counting…";
   try {
     const { clips, videos, hours } = await ask("count", "/api/count", state.filter);
-    const long = hours >= 1 ? `${number(hours)} h` : `${number(hours * 60)} min`;
+    const long = hours >= 1 ? `${number(hours)} h` : `${number(hours * 60, 3)} min`;
     $("count").replaceChildren(element("b", { textContent: several(clips, "clip") }), ` of ${several(videos, "video")}, ${long}`);
   } catch (error) {
     if (!aborted(error)) $("count").textContent = "";
