@@ -185,18 +185,22 @@ class Corpus:
         On a local disk: a temporary name, flushed to the disk, then renamed. On an object store
         an upload is atomic by itself.
         """
+        with self.publishing(name) as path, self.fs.open(path, "wb") as file:
+            write(cast(BinaryIO, file))
+
+    @contextlib.contextmanager
+    def publishing(self, name: str) -> Iterator[str]:
+        """Gives the path to write a file to that appears under its name when the body ends well."""
         target = self.path(name)
         if not self.is_local:
-            with self.fs.open(target, "wb") as file:
-                write(cast(BinaryIO, file))
+            yield target
             return
         folder, _, base = target.rpartition("/")
         os.makedirs(folder, exist_ok=True)
         temporary = f"{folder}/.{base}.{uuid.uuid4().hex}.tmp"
         try:
-            with open(temporary, "wb") as file:
-                write(file)
-                file.flush()
+            yield temporary
+            with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, target)
         except BaseException:

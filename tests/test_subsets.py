@@ -91,14 +91,10 @@ def test_div_draws_clips_as_often_as_their_weights_say(tmp_path):
     first, drawn = np.zeros(len(SIZES)), np.zeros(len(SIZES))
     with connect(corpus) as db:
         for seed in range(num_draws):
-            for table in ("weights", "drawn"):
-                db.execute(f"drop table if exists {table}")
             subsets._draw(db, corpus, "x", Definition(order="div", num_clips=1, seed=seed))
             video = one(db, "select video_id from drawn")
             first[int(video[1:])] += 1
         for seed in range(num_draws):
-            for table in ("weights", "drawn"):
-                db.execute(f"drop table if exists {table}")
             subsets._draw(db, corpus, "x", Definition(order="uniform", num_clips=1, seed=seed))
             video = one(db, "select video_id from drawn")
             drawn[int(video[1:])] += 1
@@ -128,8 +124,6 @@ def test_clips_per_video_of_a_large_draw_are_those_of_drawing_one_by_one(tmp_pat
     seen = np.zeros(len(SIZES))
     with connect(corpus) as db:
         for seed in range(num_draws):
-            for table in ("weights", "drawn"):
-                db.execute(f"drop table if exists {table}")
             subsets._draw(db, corpus, "x", Definition(order="div", num_clips=num_clips, seed=seed))
             for video, count in db.execute(
                 "select video_id, count(*) from drawn group by all"

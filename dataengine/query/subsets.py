@@ -23,7 +23,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import duckdb
 import pyarrow as pa
@@ -222,7 +222,7 @@ def _draw(db: duckdb.DuckDBPyConnection, corpus: Corpus, name: str, wanted: Defi
             f"(partition by video_id order by {best}, start_ms, end_ms) <= {wanted.per_video}) where true"
         )
     db.execute(
-        "create temp table weights as select video_id, count(*)::integer as num_clips "
+        "create or replace temp table weights as select video_id, count(*)::integer as num_clips "
         f"from (select video_id {candidates}) group by video_id"
     )
     (num_candidates,) = _row(db, "select coalesce(sum(num_clips), 0)::bigint from weights")
@@ -231,7 +231,8 @@ def _draw(db: duckdb.DuckDBPyConnection, corpus: Corpus, name: str, wanted: Defi
     columns = f"{_CLIP_ID} as clip_id, video_id, shard, row_group, row"
     num_clips = wanted.num_clips
     if num_clips is None or num_clips >= num_candidates:
-        db.execute(f"create temp table drawn as select {columns} {candidates}")
+        # A view: all clips of a large corpus do not fit into memory.
+        db.execute(f"create or replace temp view drawn as select {columns} {candidates}")
     elif wanted.order == "top":
         # At least num_clips scores reach this percentile; sorting those alone is enough.
         share = max(0.0, 1 - num_clips / num_candidates - 1e-9)
@@ -256,26 +257,38 @@ def _draw_weighted(
         f"select {n} as n, sum(num_clips)::bigint from weights group by n"
     ).fetchall()
     key = f"-ln({_uniform(wanted.seed)}) * {n}"
-    source = f"(select video_id, start_ms, end_ms, shard, row_group, row {candidates})"
+    kept = "video_id, start_ms, duration_ms, shard, row_group, row"
+    source = f"(select {kept} {candidates})"
     if wanted.order == "div":
         source += " join weights using (video_id)"
     slack = 6.0  # standard deviations: once in a billion draws the bound has to be raised
     while True:
         bound = _key_bound(sizes, num_clips + slack * math.sqrt(num_clips) + slack)
         db.execute(
-            "create or replace temp table keyed as select video_id, start_ms, end_ms, shard, "
-            f"row_group, row, {key} as key from {source} where key <= {bound!r}::double"
+            f"create or replace temp table keyed as select {kept}, {key} as key from {source} "
+            f"where key <= '{bound!r}'::double"
         )
         (found,) = _row(db, "select count(*) from keyed")
         if found >= num_clips:
             break
         slack *= 2
-    # Equal keys are as good as impossible, but a subset must not depend on them.
+    # Sorting the keys alone is quicker than sorting the rows by them.
+    (last,) = _row(db, f"select key from keyed order by key limit 1 offset {num_clips - 1}")
+    at_most, below = _row(
+        db, f"select count(*), count(*) filter (key < '{last!r}'::double) from keyed "
+        f"where key <= '{last!r}'::double"
+    )  # fmt: skip
     db.execute(
-        f"create temp table drawn as select {columns} from keyed "
-        f"order by key, video_id, start_ms, end_ms limit {num_clips}"
+        f"create or replace temp view drawn as select {columns} from keyed where key <= '{last!r}'::double"
     )
-    db.execute("drop table keyed")
+    if (
+        at_most > num_clips
+    ):  # equal keys are as good as impossible, but a subset must not depend on them
+        db.execute(
+            "delete from keyed where rowid in (select rowid from keyed "
+            f"where key = '{last!r}'::double order by video_id, start_ms, duration_ms "
+            f"offset {num_clips - below})"
+        )
 
 
 def _key_bound(sizes: list[tuple[int, int]], expected: float) -> float:
@@ -379,30 +392,23 @@ def _publish(
         "dataengine": version("dataengine"),
         "duckdb": version("duckdb"),  # the draw depends on its hash function
     }
-    metadata = {DEFINITION: json.dumps(definition).encode()}
-    schema = SUBSET_SCHEMA.with_metadata(metadata)
+    text = json.dumps(definition)
     names = ", ".join(SUBSET_SCHEMA.names)
-    rows = db.sql(f"select {names} from drawn order by shard, row_group, row").to_arrow_reader(
-        _BATCH_ROWS
-    )
-
-    def write(file: BinaryIO) -> None:
-        with pq.ParquetWriter(file, schema, compression="zstd") as writer:
-            for batch in rows:
-                writer.write_batch(batch.cast(SUBSET_SCHEMA).replace_schema_metadata(metadata))
-
-    corpus.publish(f"subsets/{subset.name}.parquet", write)
+    with corpus.publishing(f"subsets/{subset.name}.parquet") as path:
+        db.execute(
+            f"copy (select {names} from drawn order by shard, row_group, row) "
+            f"to {quoted(url_of(corpus, path))} (format parquet, compression zstd, "
+            f"kv_metadata {{{DEFINITION.decode()}: {quoted(text)}}})"
+        )
 
 
-_CLIP_ID = "video_id || '_' || start_ms || '_' || end_ms"
+_CLIP_ID = "video_id || '_' || start_ms || '_' || (start_ms + duration_ms)"
 """Made again rather than read: of all columns clip_id takes longest to read."""
-
-_BATCH_ROWS = 122_880
 
 
 def _hash(seed: int, stream: int) -> str:
     """Returns SQL of 64 bits that depend on the clip, the seed and the stream alone."""
-    return f"hash(video_id, start_ms, end_ms, {seed}::bigint, {stream}::bigint)"
+    return f"hash(video_id, start_ms, duration_ms, {seed}::bigint, {stream}::bigint)"
 
 
 def _uniform(seed: int) -> str:
