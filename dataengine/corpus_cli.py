@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.progress import Progress
 
 from dataengine.errors import ConfigError, EngineError
 from dataengine.terminal import (
@@ -364,17 +365,41 @@ def diff(
 def verify(
     corpus: CorpusArgument,
     decode: Annotated[bool, typer.Option(help="Also decode every clip and frame.")] = False,
+    sample: Annotated[
+        int | None,
+        typer.Option(min=1, help="Look into so many shards; what concerns the whole stays whole."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Another seed looks into other shards.")] = 0,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Processes. Default: one a core.")] = None,
 ) -> None:
-    """Check that a corpus keeps its contract: nothing lost, nothing twice, media where it says."""
+    """Check that a corpus keeps its contract: nothing lost, nothing twice, media where it says.
+
+    Exit status: 0 all in order, 1 there are problems.
+    """
     from dataengine.corpus import Corpus
     from dataengine.query.verify import verify as run_verify
 
-    result = run_verify(Corpus.open(corpus), decode=decode)
+    with Progress(console=LIVE, transient=True, disable=not LIVE.is_terminal) as bars:
+        task = bars.add_task("catalog", total=None)
+        result = run_verify(
+            Corpus.open(corpus), decode=decode, sample=sample, seed=seed, jobs=jobs,
+            progress=lambda done, total: bars.update(
+                task, description="shards", completed=done, total=total
+            ),
+        )  # fmt: skip
     for problem in result.problems:
         typer.echo(problem)
+    if result.checked_shards < result.num_shards:
+        share = 100 * result.checked_shards / result.num_shards
+        LIVE.print(
+            f"Looked into {result.checked_shards:,} of {result.num_shards:,} shards ({share:.3g} %, "
+            f"{result.checked_clips:,} clips); catalog and ledger were checked whole.",
+            highlight=False,
+            soft_wrap=True,
+        )
     LIVE.print(
         f"{result.num_clips:,} clips in {result.num_shards:,} shards, {result.num_videos:,} sources: "
-        + (f"{len(result.problems)} problems" if result.problems else "all in order"),
+        + (f"{len(result.problems):,} problems" if result.problems else "all in order"),
         highlight=False,
     )
     raise typer.Exit(1 if result.problems else 0)
@@ -431,8 +456,12 @@ def stats(
     html: Annotated[Path | None, typer.Option(help="A page of charts, in one file.")] = None,
     as_json: JsonOption = False,
     alarms: Annotated[
-        bool, typer.Option(help="Look for texts that stand on many videos; reads all captions.")
-    ] = True,
+        bool | None,
+        typer.Option(
+            "--alarms/--no-alarms",
+            help="Look for texts that stand on many videos; unasked only up to --num-texts clips.",
+        ),
+    ] = None,
     num_texts: Annotated[
         int, typer.Option(min=1, help="Read words from a sample above so many clips.")
     ] = 1_000_000,

@@ -45,6 +45,8 @@ _SHOWN_CHARS = 60
 
 _SNAPSHOT = re.compile(r"\d{8}T\d{6}-\d{3}")
 
+_STATES = ("before", "after")
+
 _LOCATORS = tuple(name for name, _ in records.LOCATOR_FIELDS)
 
 
@@ -295,14 +297,14 @@ def _only(state: State, other: State) -> tuple[str, ...]:
 
 
 def _clips(db: duckdb.DuckDBPyConnection) -> Counts:
-    totals = [_one(db, f"select count(*) from all_{name}") for name in ("before", "after")]
-    return Counts(*totals, *_by_change(db, "differing"))
+    before, after = (_one(db, f"select count(*) from all_{name}") for name in _STATES)
+    return Counts(before, after, *_by_change(db, "differing"))
 
 
 def _videos(db: duckdb.DuckDBPyConnection) -> Counts:
-    totals = [
-        _one(db, f"select count(distinct video_id) from all_{name}") for name in ("before", "after")
-    ]
+    before, after = (
+        _one(db, f"select count(distinct video_id) from all_{name}") for name in _STATES
+    )
     db.execute(
         "create temp table touched as select video_id, "
         "case when not bool_or(there) then 'added' when not bool_or(here) then 'removed' "
@@ -311,7 +313,7 @@ def _videos(db: duckdb.DuckDBPyConnection) -> Counts:
         "select video_id, false, true from all_after) "
         "semi join differing using (video_id) group by video_id"
     )
-    return Counts(*totals, *_by_change(db, "touched"))
+    return Counts(before, after, *_by_change(db, "touched"))
 
 
 def _by_change(db: duckdb.DuckDBPyConnection, table: str) -> tuple[int, int, int]:

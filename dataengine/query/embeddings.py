@@ -13,7 +13,6 @@ from typing import TypeVar
 import duckdb
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from dataengine.corpus import Corpus
 from dataengine.errors import ConfigError, CorpusError
@@ -216,7 +215,7 @@ def read_vectors(corpus: Corpus, piece: Piece) -> tuple[list[object], np.ndarray
             values = values.drop_null()
         if not len(values):
             continue
-        (width, *others) = pc.unique(pc.list_value_length(values)).to_pylist()
+        (width, *others) = values.value_lengths().unique().to_pylist()
         if others or not width:
             raise CorpusError(f"Shard {piece.shard}: its embeddings differ in width")
         parts.append(values.flatten().to_numpy(zero_copy_only=False).reshape(-1, width))

@@ -1,66 +1,176 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks that a corpus keeps its contract: every invariant of docs/architecture.md, in words."""
+"""Checks that a corpus keeps its contract: every invariant of docs/architecture.md, in words.
 
-from collections.abc import Collection, Iterator
+What concerns the whole (unique ids, one shard per video, the ledger's counts, merged catalog files)
+is asked in SQL. What concerns one shard (the catalog twin says the same, media is what it says) is
+checked shard by shard in processes, of all shards or of a sample; columns are compared whole, and only
+rows with something odd are looked at one by one.
+"""
+
+import itertools
+import os
+import random
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import pairwise
+from multiprocessing import get_context
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dataengine import records
-from dataengine.corpus import Corpus
+from dataengine.corpus import CatalogPart, Corpus
 from dataengine.errors import CorpusError, MediaError
-from dataengine.query.sql import connect
+from dataengine.query.sql import catalog_select, connect, identifier, schema_types
 
 _MOST_PROBLEMS = 50
 """Problems reported of one kind; a broken corpus has millions."""
 
+_TASK_SHARDS = 8
+"""Shards that a process checks before it reports."""
+
+_FOOTER_THREADS = 16
+"""Files whose footers are read at once: mostly waiting for a store."""
+
+Progress = Callable[[int, int], None]
+"""Told how many shards of how many are checked."""
+
 
 @dataclass
 class Verification:
-    """What was looked at, and what is wrong with it."""
+    """What was looked at, and what is wrong with it.
+
+    Attributes:
+        num_shards: All shards.
+        num_clips: Clips of all shards, as the catalog counts them.
+        num_videos: All sources.
+        problems: In words.
+        checked_shards: Shards whose rows and media were looked at: all, or the sample.
+        checked_clips: Clips in them.
+    """
 
     num_shards: int
     num_clips: int
     num_videos: int
     problems: list[str]
+    checked_shards: int
+    checked_clips: int
 
 
-def verify(corpus: Corpus, *, decode: bool = False) -> Verification:
-    """Checks a corpus whole.
+def verify(
+    corpus: Corpus,
+    *,
+    decode: bool = False,
+    sample: int | None = None,
+    seed: int = 0,
+    jobs: int | None = None,
+    progress: Progress | None = None,
+) -> Verification:
+    """Checks a corpus.
 
     Args:
         corpus: What to check; it is only read.
-        decode: Also decodes every clip and frame, which takes as long as playing them all at full
-            speed.
+        decode: Also decodes every clip and frame of the shards that are checked, which takes as long as
+            playing them all at full speed.
+        sample: Looks into so many shards, drawn with equal chances; what concerns the whole is checked
+            whole. None looks into all.
+        seed: Another seed draws other shards.
+        jobs: Processes; None takes as many as there are cores, or none for a few shards.
+        progress: Told after every few shards.
+
+    Raises:
+        CorpusError: If the processes run out of memory.
     """
+    shards = corpus.names("catalog")
+    chosen = shards
+    if sample is not None and sample < len(shards):
+        chosen = sorted(random.Random(seed).sample(shards, sample))
     problems = [*_files(corpus)]
     damaged = [*_damaged(corpus)]
+    num_clips = num_videos = 0
     if damaged:  # no question can be asked of the whole
         problems += damaged
     else:
-        problems += [*_catalog(corpus), *_ledger(corpus)]
-    shards = corpus.names("catalog")
-    added = corpus.added_columns
-    num_clips = 0
+        problems += [*_catalog(corpus), *_ledger(corpus), *_merged(corpus, chosen)]
+        num_clips = _count(corpus, "clips")
+        num_videos = _count(corpus, "videos")
+    checked_clips = 0
+    for done, (count, found) in enumerate(_each_shard(corpus, chosen, decode, jobs), 1):
+        checked_clips += count
+        problems += found
+        if progress:
+            progress(done, len(chosen))
+    return Verification(
+        num_shards=len(shards),
+        num_clips=num_clips if not damaged else checked_clips,
+        num_videos=num_videos,
+        problems=problems,
+        checked_shards=len(chosen),
+        checked_clips=checked_clips,
+    )
+
+
+def _each_shard(
+    corpus: Corpus, shards: Sequence[str], decode: bool, jobs: int | None
+) -> Iterator[tuple[int, list[str]]]:
+    """Yields each shard's number of clips and its problems, in order."""
+    added = sorted(corpus.added_columns)
+    tasks = [shards[at : at + _TASK_SHARDS] for at in range(0, len(shards), _TASK_SHARDS)]
+    # A process takes a second to start.
+    jobs = min(jobs or os.cpu_count() or 1, len(tasks))
+    if jobs <= 1:
+        for task in tasks:
+            yield from _check_shards(corpus, task, added, decode)
+        return
+    # Threads of libraries do not survive a fork.
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        try:
+            for found in pool.map(
+                _check_shards,
+                itertools.repeat(corpus),
+                tasks,
+                itertools.repeat(added),
+                itertools.repeat(decode),
+            ):
+                yield from found
+        except BrokenProcessPool:
+            raise CorpusError(
+                "A process that checked shards was killed, most likely for its memory",
+                "fewer processes: --jobs 1",
+            ) from None
+
+
+def _check_shards(
+    corpus: Corpus, shards: Sequence[str], added: Collection[str], decode: bool
+) -> list[tuple[int, list[str]]]:
+    """Returns, for each shard, the rows of its catalog twin and what is wrong."""
+    results = []
     for shard in shards:
+        num_clips = 0
         try:
             with corpus.open_shard(shard) as file:
-                catalog = pq.read_table(
-                    corpus.path("catalog", f"{shard}.parquet"), filesystem=corpus.fs
-                )
-                found = [
-                    *_shard_format(file, added),
-                    *_shard_rows(shard, file, catalog, corpus.shard_columns, decode),
-                ]
-            num_clips += catalog.num_rows
+                path = corpus.path("catalog", f"{shard}.parquet")
+                with corpus.fs.open(path, "rb") as opened:
+                    catalog = pq.read_table(opened)
+                found = [*_shard_format(file, added), *_shard_rows(shard, file, catalog, decode)]
+                num_clips = catalog.num_rows
         except (CorpusError, OSError, pa.ArrowException) as error:
             found = [str(error)]
-        problems += [f"shard {shard}: {problem}" for problem in found[:_MOST_PROBLEMS]]
-    num_videos = 0 if damaged else corpus.videos(["source"]).num_rows
-    return Verification(len(shards), num_clips, num_videos, problems)
+        results.append(
+            (num_clips, [f"shard {shard}: {problem}" for problem in found[:_MOST_PROBLEMS]])
+        )
+    return results
+
+
+def _count(corpus: Corpus, view: str) -> int:
+    with connect(corpus) as db:
+        row = db.execute(f"select count(*) from {view}").fetchone()
+    return row[0] if row else 0
 
 
 def _files(corpus: Corpus) -> Iterator[str]:
@@ -75,12 +185,50 @@ def _damaged(corpus: Corpus) -> Iterator[str]:
     """Every file of the catalog and of the ledger is Parquet."""
     twins = [corpus.path("catalog", f"{name}.parquet") for name in corpus.names("catalog")]
     merged = [path for part in corpus.catalog_parts() for path in part.files]
-    for path in dict.fromkeys([*twins, *merged, *corpus.video_parts()]):
+
+    def problem(path: str) -> str | None:
         try:
-            pq.read_metadata(path, filesystem=corpus.fs)
+            with corpus.fs.open(path, "rb") as file:
+                pq.read_metadata(file)
         except (OSError, pa.ArrowException) as error:
             name = "/".join(path.split("/")[-2:])
-            yield f"{name} cannot be read: {str(error).splitlines()[0]}"
+            return f"{name} cannot be read: {str(error).splitlines()[0]}"
+        return None
+
+    with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
+        paths = list(dict.fromkeys([*twins, *merged, *corpus.video_parts()]))
+        yield from filter(None, pool.map(problem, paths))
+
+
+def _merged(corpus: Corpus, shards: Sequence[str]) -> Iterator[str]:
+    """Merged catalog files say what the catalog files say that they stand for, in as many rows."""
+    parts = corpus.catalog_parts()
+    # What no merged file stands for is read from the catalog files themselves.
+    own = {path for part in parts for path in part.files if path.startswith(corpus.path("catalog"))}
+    merged = [part for part in parts if part.files and part.files[0] not in own]
+    names = [name for name in shards if corpus.path("catalog", f"{name}.parquet") not in own]
+    if not merged or not names:
+        return
+    twins = CatalogPart(tuple(corpus.path("catalog", f"{name}.parquet") for name in names))
+    columns = ", ".join(map(identifier, corpus.catalog_schema.names))
+    with connect(corpus) as db:
+        types = schema_types(db, corpus.catalog_schema)
+        db.register("looked_at", pa.table({"shard": names}))
+        for name, sources in (("merged", merged), ("twins", [twins])):
+            db.execute(
+                f"create temp table {name} as select shard, count(*) as n, "
+                # One sum for all rows of a shard, whatever their order.
+                f"sum(hash({columns})::hugeint) as total from ({catalog_select(corpus, sources, types)}) "
+                "semi join looked_at using (shard) group by shard"
+            )
+        found = db.execute(
+            "select shard, coalesce(merged.n, 0), coalesce(twins.n, 0) "
+            "from merged full join twins using (shard) where merged.n is distinct from twins.n "
+            f"or merged.total is distinct from twins.total order by shard limit {_MOST_PROBLEMS}"
+        ).fetchall()
+    for shard, num_merged, num_twin in found:
+        counts = f": {num_merged} clips instead of {num_twin}" if num_merged != num_twin else ""
+        yield f"shard {shard}: the merged catalog differs from its catalog file{counts}"
 
 
 def _catalog(corpus: Corpus) -> Iterator[str]:
@@ -183,47 +331,107 @@ def _shard_format(file: pq.ParquetFile, added: Collection[str]) -> Iterator[str]
                 yield f"row group {group}: {column.path_in_schema} is compressed or a dictionary"
 
 
-def _shard_rows(
-    shard: str,
-    file: pq.ParquetFile,
-    catalog: pa.Table,
-    shard_only: Collection[str],
-    decode: bool,
-) -> Iterator[str]:
+def _shard_rows(shard: str, file: pq.ParquetFile, catalog: pa.Table, decode: bool) -> Iterator[str]:
     """The catalog twin says the same as the shard, row by row, and media is what it says."""
-    # Twins written before annotation knew embeddings of its own hold them too, as nulls or not.
-    catalog = catalog.select([n for n in catalog.column_names if n not in shard_only])
-    expected_names = [n for n in file.schema_arrow.names if n not in shard_only]
-    expected_names += [name for name, _ in records.LOCATOR_FIELDS]
+    kept = [name for name in file.schema_arrow.names if name not in records.SHARD_COLUMNS]
+    expected_names = kept + [name for name, _ in records.LOCATOR_FIELDS]
     if sorted(catalog.schema.names) != sorted(expected_names):
         yield "the catalog twin has another schema; an annotation that was cut short is to be run again"
         return
-    twin = catalog.to_pylist()
     position = 0
     for group in range(file.metadata.num_row_groups):
-        rows = file.read_row_group(group).to_pylist()
-        for index, row in enumerate(rows):
-            if row["clip_id"] is None:  # what was removed leaves an empty row in its place
-                if any(value is not None for value in row.values()):
-                    yield f"row group {group}, row {index}: no clip_id, but not empty"
-                continue
-            if position == len(twin):
-                yield f"clip {row['clip_id']} is not in the catalog twin"
-                return
-            expected = {
-                **{name: row[name] for name in row if name not in shard_only},
-                "shard": shard,
-                "row_group": group,
-                "row": index,
-            }
-            if twin[position] != expected:
-                differing = [name for name in expected if twin[position][name] != expected[name]]
-                yield f"clip {row['clip_id']}: the catalog differs in {', '.join(differing)}"
+        rows = file.read_row_group(group)
+        is_clip = rows["clip_id"].is_valid().to_numpy()
+        for index in np.flatnonzero(~is_clip & _any_value(rows)):
+            # What was removed leaves an empty row in its place.
+            yield f"row group {group}, row {index}: no clip_id, but not empty"
+        own = rows.select(kept).filter(pa.array(is_clip))
+        count = own.num_rows
+        locators = (
+            pa.repeat(pa.scalar(shard), count),
+            pa.repeat(pa.scalar(group, pa.int32()), count),
+            pa.array(np.flatnonzero(is_clip), pa.int32()),
+        )
+        for (name, _), column in zip(records.LOCATOR_FIELDS, locators, strict=True):
+            own = own.append_column(name, column)
+        yield from _differing(own, catalog.slice(position, count))
+        for index in np.flatnonzero(is_clip & (_is_odd(rows) | decode)):
+            (row,) = rows.slice(index, 1).to_pylist()
             for problem in _media(row, decode):
                 yield f"clip {row['clip_id']}: {problem}"
-            position += 1
-    if position < len(twin):
-        yield f"clip {twin[position]['clip_id']} is in the catalog twin only"
+        position += count
+        if position > catalog.num_rows:
+            yield f"clip {own['clip_id'][catalog.num_rows - position].as_py()} is not in the catalog twin"
+            return
+    if position < catalog.num_rows:
+        yield f"clip {catalog['clip_id'][position].as_py()} is in the catalog twin only"
+
+
+def _differing(own: pa.Table, twin: pa.Table) -> Iterator[str]:
+    """Yields the clips in which two tables differ, as far as the shorter one goes."""
+    count = min(own.num_rows, twin.num_rows)
+    own, twin = own.slice(0, count), twin.slice(0, count)
+    names = [name for name in own.column_names if not own[name].equals(twin[name])]
+    if not names:
+        return
+    ids = own["clip_id"].to_pylist()
+    columns = [(own[name].to_pylist(), twin[name].to_pylist()) for name in names]
+    for index, clip_id in enumerate(ids):
+        differing = [
+            name
+            for name, (values, others) in zip(names, columns, strict=True)
+            if values[index] != others[index]
+        ]
+        if differing:
+            yield f"clip {clip_id}: the catalog differs in {', '.join(differing)}"
+
+
+def _any_value(rows: pa.Table) -> np.ndarray:
+    """Returns which rows hold anything, bool [N]."""
+    held = np.zeros(rows.num_rows, bool)
+    for column in rows.columns:
+        held |= column.is_valid().to_numpy()
+    return held
+
+
+def _is_odd(rows: pa.Table) -> np.ndarray:
+    """Returns which rows `_media` may have something to say about, bool [N]: all that it has, and more."""
+    frames, times = rows["frames"].combine_chunks(), rows["frame_ms"].combine_chunks()
+    num_frames, num_times = (_int(column.value_lengths()) for column in (frames, times))
+    odd = (num_frames == 0) | (num_frames != num_times)
+
+    start = pc.call_function("binary_slice", [frames.flatten()], pc.SliceOptions(0, 3))
+    is_jpeg = pc.call_function("equal", [start, pa.scalar(b"\xff\xd8\xff")])
+    odd[np.repeat(np.arange(len(odd)), num_frames)[~_true(is_jpeg)]] = True
+
+    clip_of_time = np.repeat(np.arange(len(odd)), num_times)
+    ms = times.flatten()
+    odd[clip_of_time[ms.is_null().to_numpy(zero_copy_only=False)]] = True
+    ms = _int(ms)
+    starts, ends = _int(rows["start_ms"]), _int(rows["end_ms"])
+    odd[clip_of_time[(ms < starts[clip_of_time]) | (ms >= ends[clip_of_time])]] = True
+    not_later = (ms[1:] <= ms[:-1]) & (clip_of_time[1:] == clip_of_time[:-1])
+    odd[clip_of_time[1:][not_later]] = True
+
+    provenance = rows["provenance"].combine_chunks()
+    num_entries = _int(provenance.value_lengths())
+    has_hash = provenance.flatten().field("input_hash").is_valid()
+    odd[np.repeat(np.arange(len(odd)), num_entries)[_true(has_hash)]] = True
+
+    video = rows["video"].combine_chunks()
+    box = pc.call_function("binary_slice", [video.field("bytes")], pc.SliceOptions(4, 8))
+    is_mp4 = pc.call_function("equal", [box, pa.scalar(b"ftyp")])
+    return odd | (_true(video.is_valid()) & ~_true(is_mp4))
+
+
+def _int(column: Any) -> np.ndarray:
+    """Returns integers, 0 for null."""
+    return pc.fill_null(column, 0).to_numpy(zero_copy_only=False)
+
+
+def _true(column: Any) -> np.ndarray:
+    """Returns booleans, False for null."""
+    return pc.fill_null(column, False).to_numpy(zero_copy_only=False)
 
 
 def _media(row: dict[str, Any], decode: bool) -> Iterator[str]:
@@ -231,11 +439,14 @@ def _media(row: dict[str, Any], decode: bool) -> Iterator[str]:
     frames, times = row["frames"] or [], row["frame_ms"] or []
     if not frames or len(frames) != len(times):
         yield f"{len(frames)} frames with {len(times)} times"
+    if None in times:
+        yield "a frame has no time"
+        return
     if any(a >= b for a, b in pairwise(times)):
         yield "frame times are not in order"
     if times and not (row["start_ms"] <= times[0] and times[-1] < row["end_ms"]):
         yield "frame times lie outside the span"
-    if any(frame[:3] != b"\xff\xd8\xff" for frame in frames):
+    if any((frame or b"")[:3] != b"\xff\xd8\xff" for frame in frames):
         yield "a frame is not a JPEG"
     shown = {entry["input_hash"]: entry["column"] for entry in row["provenance"] or ()}
     for input_hash in shown.keys() - {None, records.digest(*frames)}:
