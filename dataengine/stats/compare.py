@@ -180,9 +180,7 @@ def compare(a: str, b: str, settings: StatsSettings | None = None) -> Comparison
         bins = stats_of.bins_for(first, second)
         numbers_a, names_a = stats_of.distributions(first, bins)
         numbers_b, names_b = stats_of.distributions(second, bins)
-        numbers = [
-            _numbers_pair(first, second, x, y) for x, y in _paired(numbers_a, numbers_b)
-        ]
+        numbers = [_numbers_pair(first, second, x, y) for x, y in _paired(numbers_a, numbers_b)]
         names = [
             NamesPair(
                 x.name,
@@ -212,7 +210,12 @@ def compare(a: str, b: str, settings: StatsSettings | None = None) -> Comparison
 
 def _part(side: Side, texts: Texts) -> Part:
     return Part(
-        side.data, side.num_clips, side.num_videos, side.hours, texts.num, texts.num < side.num_clips
+        side.data,
+        side.num_clips,
+        side.num_videos,
+        side.hours,
+        texts.num,
+        texts.num < side.num_clips,
     )
 
 
@@ -301,9 +304,7 @@ def _value_counts(side: Side, name: str, step: float) -> tuple[np.ndarray, np.nd
     return np.asarray(found["value"]), np.asarray(found["num"])
 
 
-def _distance_of_counts(
-    a: Sequence[tuple[int, int]], b: Sequence[tuple[int, int]]
-) -> float | None:
+def _distance_of_counts(a: Sequence[tuple[int, int]], b: Sequence[tuple[int, int]]) -> float | None:
     values = [np.array(counts, np.int64).reshape(-1, 2) for counts in (a, b)]
     return kolmogorov_smirnov(*values[0].T, *values[1].T)
 
@@ -324,7 +325,10 @@ def _length_pairs(a: Texts, b: Texts) -> list[NumbersPair]:
 
 def _overlap(first: Side, second: Side) -> Overlap:
     shared = []
-    for select in ("select clip_id as id from chosen", "select distinct video_id as id from chosen"):
+    for select in (
+        "select clip_id as id from chosen",
+        "select distinct video_id as id from chosen",
+    ):
         ids = first.db.sql(select).to_arrow_reader(100_000)
         second.db.register("other", ids)
         row = second.db.execute(
@@ -364,18 +368,14 @@ def _word_counts(
             )
         )
         db.unregister("wanted")
-        row = db.execute(
-            "select coalesce(sum(num), 0)::bigint from vocabulary_caption"
-        ).fetchone()
+        row = db.execute("select coalesce(sum(num), 0)::bigint from vocabulary_caption").fetchone()
         assert row is not None
         totals.append(int(row[0]))
     words = {word: (counts[0].get(word, 0), counts[1].get(word, 0)) for word in sorted(often)}
     return words, totals[0], totals[1]
 
 
-def word_odds(
-    counts: Mapping[str, tuple[int, int]], total_a: int, total_b: int
-) -> list[WordOdds]:
+def word_odds(counts: Mapping[str, tuple[int, int]], total_a: int, total_b: int) -> list[WordOdds]:
     """Returns words with their log-odds of the first side against the second, by falling sureness of the second.
 
     Args:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A corpus or a part of it -> its statistics: the pictures of both papers, and what users of releases ask for.
 
-Every number of the catalog is one of two scans (`dataengine.stats.numbers`), clips per video and categories
-take one each, and words are read from a bounded number of clips (`dataengine.stats.words`). DuckDB holds
+Three scans count all numbers of the catalog together (`dataengine.stats.numbers`), clips per video and
+categories take one each, and words are read from a bounded number of clips (`dataengine.stats.words`). DuckDB holds
 and spills what does not fit; Python sees counts alone.
 """
 
@@ -43,8 +43,9 @@ class StatsSettings(Settings):
     """Words are read from all clips up to so many, above from a sample of about so many."""
     exact_clips: int = Field(default=numbers_of.EXACT_CLIPS, ge=0)
     """Percentiles are exact up to so many clips."""
-    alarms: bool = True
-    """Also looks for texts that stand on many videos, which reads all captions three times."""
+    alarms: bool | None = None
+    """Looks for texts that stand on many videos, which reads all captions of the corpus three times; None
+    does so in a corpus of at most ``num_texts`` clips."""
     seed: int = 0
     """Another one draws another sample."""
     memory: str | None = None
@@ -96,7 +97,7 @@ class Statistics:
         bias: How captions speak of people.
         funnel: What became of the sources of all runs; of the whole corpus.
         costs: What stages took, over all runs; of the whole corpus.
-        captions: What is suspicious about captions; of the whole corpus. None if not asked for.
+        captions: What is suspicious about captions; of the whole corpus. None if not looked for.
         seconds: What counting took.
     """
 
@@ -161,6 +162,8 @@ def measure(data: str, settings: StatsSettings | None = None) -> Statistics:
         texts = read_texts(side)
         words = words_of.count_words(side.db, "caption")
         words_of.mark(side.db)
+        funnel = _funnel(side.db)
+        small = funnel.kept_clips <= settings.num_texts
         return Statistics(
             data=data,
             where=settings.where,
@@ -177,9 +180,11 @@ def measure(data: str, settings: StatsSettings | None = None) -> Statistics:
             transcripts=tuple(words_of.count_by_language(side.db, "transcript")),
             actionness=words_of.actionness(side.db),
             bias=tuple(words_of.bias(side.db)),
-            funnel=_funnel(side.db),
+            funnel=funnel,
             costs=tuple(_costs(side.corpus)),
-            captions=check_captions(side.corpus) if settings.alarms else None,
+            captions=check_captions(side.corpus)
+            if (small if settings.alarms is None else settings.alarms)
+            else None,
             seconds=time.monotonic() - started,
         )
 
@@ -221,7 +226,9 @@ def bins_for(*sides: Side) -> dict[str, Bins]:
     found: dict[str, Bins] = {}
     for side in sides:
         for number in side.measured:
-            given = [other.summaries[number.name] for other in sides if number.name in other.summaries]
+            given = [
+                other.summaries[number.name] for other in sides if number.name in other.summaries
+            ]
             bins = numbers_of.bins_of(*given, whole=number.whole)
             if bins:
                 found[number.name] = bins
@@ -231,12 +238,10 @@ def bins_for(*sides: Side) -> dict[str, Bins]:
 
 
 def distributions(side: Side, bins: Mapping[str, Bins]) -> tuple[list[Numbers], list[Names]]:
-    """Returns the distributions of all numbers and names, in one more scan."""
+    """Returns the distributions of all numbers and names, in three more scans."""
     db = side.db
     wanted = {
-        number.name: (number, bins[number.name])
-        for number in side.measured
-        if number.name in bins
+        number.name: (number, bins[number.name]) for number in side.measured if number.name in bins
     }
     in_bins, named = numbers_of.count_bins(
         db,
@@ -248,12 +253,14 @@ def distributions(side: Side, bins: Mapping[str, Bins]) -> tuple[list[Numbers], 
             "then {'width': width, 'height': height} end",
         },
     )
+    above = numbers_of.count_above(db, side.measured, side.summaries)
     found = [
         numbers_of.numbers(
             number,
             side.summaries[number.name],
             bins.get(number.name),
             in_bins.get(number.name, {}),
+            above[number.name],
             side.num_clips,
             exact=side.exact,
         )
@@ -377,7 +384,9 @@ def _funnel(db: duckdb.DuckDBPyConnection) -> Funnel:
 def _costs(corpus: Corpus) -> list[StageCost]:
     """Returns what stages took, the longest first; a run without readable metrics counts for nothing."""
     totals: dict[str, list[float]] = {}
-    for path in sorted(str(path) for path in corpus.fs.glob(corpus.path("runs", "*", "metrics.json"))):
+    for path in sorted(
+        str(path) for path in corpus.fs.glob(corpus.path("runs", "*", "metrics.json"))
+    ):
         try:
             stages = json.loads(corpus.fs.cat_file(path))
         except (OSError, ValueError):

@@ -35,21 +35,35 @@ _MOST_BINS = 40
 _SETS = 24
 """Grouping sets of one scan."""
 
-RATIOS = ("32:9", "21:9", "2:1", "16:9", "3:2", "4:3", "5:4", "11:9", "1:1", "3:4", "2:3", "9:16", "1:2")
+RATIOS = (
+    "32:9",
+    "21:9",
+    "2:1",
+    "16:9",
+    "3:2",
+    "4:3",
+    "5:4",
+    "11:9",
+    "1:1",
+    "3:4",
+    "2:3",
+    "9:16",
+    "1:2",
+)
 """Aspect ratios that have a name; a picture within 2 % of one counts as it."""
 
 _NOT_MEASURED = frozenset({"start_ms", "end_ms", "width", "height", "row_group", "row"})
 
 _LABELS = {
-    "duration_s": ("Clip duration", "s"),
-    "fps": ("Frame rate", "frames/s"),
+    "duration_s": ("Clip duration", "seconds"),
+    "fps": ("Frame rate", "frames per second"),
     "language_score": ("Confidence of the language", "0 to 1"),
-    "clip_score": ("CLIP score of frames and caption", "cosine"),
-    "clip_score_frame": ("CLIP score of one frame", "cosine"),
-    "aesthetic_score": ("Aesthetic score", "1 to 10"),
-    "video_text_score": ("Video-text score", "cosine"),
-    "motion_score": ("Motion", "luma change per frame, 0 to 1"),
-    "still_score": ("Stillness", "share of time, 0 to 1"),
+    "clip_score": ("CLIP score of frames and caption", "cosine, -1 to 1"),
+    "clip_score_frame": ("CLIP score of one frame", "cosine, -1 to 1"),
+    "aesthetic_score": ("Aesthetic score", "about 1 to 10"),
+    "video_text_score": ("Video-text score", "cosine, -1 to 1"),
+    "motion_score": ("Motion", "mean change of luma per frame, 0 to 1"),
+    "still_score": ("Stillness", "share of the clip's time, 0 to 1"),
     "jump_score": ("Abrupt changes", "per second"),
     "clips_per_video": ("Clips per video", "clips"),
 }
@@ -112,7 +126,7 @@ class Summary:
     minimum: float | None
     maximum: float | None
     mean: float | None
-    percentiles: Mapping[float, float]
+    percentiles: dict[float, float]
 
 
 @dataclass(frozen=True)
@@ -131,7 +145,10 @@ class Numbers:
         mean: See minimum.
         percentiles: ``p10`` ... ``p90``: the smallest value that at least so many percent of the values
             do not exceed (NumPy's ``inverted_cdf``); empty where no clip has a value.
+        above: ``p10`` ... ``p90``: clips whose value is greater, which is what ``score > p70`` keeps. Where
+            many clips have the same value, it may be far from 30 %.
         exact: Whether the percentiles are exact.
+        whole: Whether the values are integers.
         edges: Of the bins, one more than counts.
         counts: Clips per bin, lower edges included; the last bin holds its upper edge too.
         num_below: Clips below the first bin.
@@ -148,7 +165,9 @@ class Numbers:
     maximum: float | None
     mean: float | None
     percentiles: Mapping[str, float]
+    above: Mapping[str, int]
     exact: bool
+    whole: bool
     edges: tuple[float, ...]
     counts: tuple[int, ...]
     num_below: int
@@ -241,6 +260,33 @@ def survey(
     return summaries
 
 
+def count_above(
+    db: duckdb.DuckDBPyConnection,
+    measured: Sequence[Measured],
+    summaries: Mapping[str, Summary],
+) -> dict[str, dict[str, int]]:
+    """Returns, per number, how many clips lie above each of its percentiles, in one scan."""
+    keys = [
+        (number, percent)
+        for number in measured
+        for percent in PERCENTS
+        if percent in summaries[number.name].percentiles
+    ]
+    found: dict[str, dict[str, int]] = {number.name: {} for number in measured}
+    if not keys:
+        return found
+    # A literal with a point would be a decimal number, and rounded on its way to a double.
+    counts = ", ".join(
+        f"count(*) filter (({finite_sql(number)})::double > '{summaries[number.name].percentiles[percent]!r}'::double)"
+        for number, percent in keys
+    )
+    row = db.execute(f"select {counts} from chosen").fetchone()
+    assert row is not None
+    for (number, percent), num in zip(keys, row, strict=True):
+        found[number.name][f"p{percent}"] = num
+    return found
+
+
 def bins_of(*summaries: Summary, whole: bool = False) -> Bins | None:
     """Returns bins with round edges that hold nearly all values of all summaries.
 
@@ -323,6 +369,7 @@ def numbers(
     summary: Summary,
     bins: Bins | None,
     counted: Mapping[int, int],
+    above: Mapping[str, int],
     num_clips: int,
     *,
     exact: bool,
@@ -340,7 +387,9 @@ def numbers(
         maximum=summary.maximum,
         mean=summary.mean,
         percentiles={f"p{p}": summary.percentiles[p] for p in PERCENTS if summary.num},
+        above=above,
         exact=exact,
+        whole=number.whole,
         edges=bins.edges if bins else (),
         counts=tuple(counted.get(place, 0) for place in range(bins.num)) if bins else (),
         num_below=counted.get(-1, 0),
@@ -379,7 +428,14 @@ def of_counts(
             place = min(math.floor(value / bins.width - bins.first), bins.num - 1)
             place = bins.num if value > bins.high else max(place, -1)
             placed[place] = placed.get(place, 0) + num
-    return numbers(number, summary, bins, placed, summary.num + num_missing, exact=True, of=of)
+    above = {
+        f"p{percent}": sum(num for value, num in counts if value > summary.percentiles[percent])
+        for percent in PERCENTS
+        if summary.num
+    }
+    return numbers(
+        number, summary, bins, placed, above, summary.num + num_missing, exact=True, of=of
+    )
 
 
 def summary_of_counts(counts: Sequence[tuple[int, int]]) -> Summary:
@@ -404,9 +460,7 @@ def summary_of_counts(counts: Sequence[tuple[int, int]]) -> Summary:
 
 def finite_sql(number: Measured) -> str:
     """Returns SQL for a number that is null where it is NaN or infinite."""
-    return (
-        number.sql if number.whole else f"case when isfinite({number.sql}) then {number.sql} end"
-    )
+    return number.sql if number.whole else f"case when isfinite({number.sql}) then {number.sql} end"
 
 
 def _float(value: float | int | None) -> float | None:
@@ -436,11 +490,11 @@ def names(
     name: str, label: str, counted: Sequence[tuple[object, int]], num_clips: int, of: str = "clips"
 ) -> Names:
     """Returns a distribution of names from (name, clips), the most frequent first."""
-    ordered = sorted(((str(value), num) for value, num in counted), key=lambda item: (-item[1], item[0]))
-    total = sum(num for _, num in ordered)
-    return Names(
-        name, label, of, total, num_clips - total, len(ordered), tuple(ordered)
+    ordered = sorted(
+        ((str(value), num) for value, num in counted), key=lambda item: (-item[1], item[0])
     )
+    total = sum(num for _, num in ordered)
+    return Names(name, label, of, total, num_clips - total, len(ordered), tuple(ordered))
 
 
 def shortened(names: Names) -> Names:

@@ -6,7 +6,7 @@ Where a bar stands is worked out here; ``charts.html.j2`` draws it.
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 
@@ -25,6 +25,10 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 16, 52, 46
 _ROW, _LABEL = 24, 150
 _NUM_ROWS = 12
 _NUM_CLOUD = 80
+_SCORES = (
+    "clip_score", "clip_score_frame", "aesthetic_score", "video_text_score", "motion_score", "still_score",
+    "jump_score",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,8 @@ class Chart:
         outlines: Per distribution, an SVG path along its bars.
         across: Ticks of the horizontal axis.
         up: Ticks of the vertical axis.
-        marks: Percentiles of the only distribution.
+        lines: Where percentiles of the only distribution are.
+        marks: Their labels.
         num: What is counted, in words.
     """
 
@@ -73,6 +78,7 @@ class Chart:
     outlines: tuple[str, ...]
     across: tuple[Tick, ...]
     up: tuple[Tick, ...]
+    lines: tuple[float, ...]
     marks: tuple[Tick, ...]
     num: str
 
@@ -96,7 +102,9 @@ def render(statistics: Statistics) -> str:
             stats=statistics,
             numbers={number.name: number for number in statistics.numbers},
             names={names.name: names for names in statistics.names},
-            scores=[n for n in statistics.numbers if _is_score(n) and n.num],
+            scores=sorted(
+                (n for n in statistics.numbers if _is_score(n) and n.num), key=_score_place
+            ),
             empty=[n.name for n in statistics.numbers if not n.num]
             + [n.name for n in statistics.names if not n.num],
             funnel=rows_of(statistics.funnel),
@@ -139,6 +147,13 @@ def _is_score(number: Numbers) -> bool:
     return number.name not in ("duration_s", "fps", "clips_per_video")
 
 
+def _score_place(number: Numbers) -> int:
+    """Returns the order of scores: those that filters go by, then others, the language's last."""
+    if number.name in _SCORES:
+        return _SCORES.index(number.name)
+    return len(_SCORES) + number.name.startswith("language_score")
+
+
 def environment() -> jinja2.Environment:
     """Returns the templates with what they call."""
     templates = jinja2.FunctionLoader(
@@ -147,7 +162,13 @@ def environment() -> jinja2.Environment:
     made = jinja2.Environment(
         loader=templates, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
-    made.filters |= {"whole": whole, "short": short, "value": value, "percent": percent, "clock": clock}
+    made.filters |= {
+        "whole": whole,
+        "short": short,
+        "value": value,
+        "percent": percent,
+        "clock": clock,
+    }
     made.globals |= {
         "chart": chart,
         "rows": rows,
@@ -185,8 +206,11 @@ def chart(*distributions: Numbers, names: Sequence[str] = ()) -> Chart:
     top = max(top, up[-1])
     plot = HEIGHT - _TOP - _BOTTOM
 
+    # An integer's tick stands below the middle of its bar.
+    middle = room / 2 if first.whole and edges and edges[1] - edges[0] == 1 else 0
+
     def at(x: float) -> float:
-        return start + (x - edges[0]) / (edges[-1] - edges[0]) * room * bins
+        return start + middle + (x - edges[0]) / (edges[-1] - edges[0]) * room * bins
 
     series, outlines = [], []
     for distribution, height in zip(distributions, heights, strict=True):
@@ -202,15 +226,15 @@ def chart(*distributions: Numbers, names: Sequence[str] = ()) -> Chart:
                 num = distribution.num_above
             else:
                 said = f"{value(edges[bin_])} to {value(edges[bin_ + 1])}"
+                said = value(edges[bin_]) if middle else said
                 num = distribution.counts[bin_]
             if num:
                 size = max(share / top * plot, 0.75)
                 said = f"{said}: {whole(num)} {distribution.of} ({percent(num / distribution.num)})"
-                bars.append(
-                    Bar(x, HEIGHT - _BOTTOM - size, room, size, said, bin_ in (-1, bins))
-                )
+                bars.append(Bar(x, HEIGHT - _BOTTOM - size, room, size, said, bin_ in (-1, bins)))
         series.append(tuple(bars))
         outlines.append(_outline(height[1:-1], start, room, top, plot))
+    lines, marks = ((), ()) if shares or not edges else _marks(first.percentiles, at, edges)
     num = ", ".join(
         f"{names[place] + ': ' if names else ''}{whole(d.num)} {d.of}"
         + (f" ({whole(d.num_missing)} without)" if d.num_missing else "")
@@ -226,11 +250,16 @@ def chart(*distributions: Numbers, names: Sequence[str] = ()) -> Chart:
         ),
         series=tuple(series),
         outlines=tuple(outlines),
-        across=tuple(Tick(at(x), value(x)) for x in _ticks(edges[0], edges[-1], 7)) if edges else (),
+        across=tuple(
+            Tick(at(x), value(x))
+            for x in (_ticks(edges[0], edges[-1], 7) if edges else ())
+            if at(x) <= start + room * bins + 0.01 and not (first.whole and x % 1)
+        ),
         up=tuple(
             Tick(HEIGHT - _BOTTOM - y / top * plot, percent(y) if shares else short(y)) for y in up
         ),
-        marks=() if shares or not edges else _marks(first.percentiles, at, edges),
+        lines=lines,
+        marks=marks,
         num=num,
     )
 
@@ -250,32 +279,37 @@ def _outline(heights: Sequence[float], start: float, room: float, top: float, pl
     return f"{path} L{start + len(heights) * room:.1f},{floor}"
 
 
-def _marks(percentiles: Mapping[str, float], at: object, edges: Sequence[float]) -> tuple[Tick, ...]:
-    """Returns the percentiles' places; equal ones share a label, near ones get lines of their own."""
-    assert callable(at)
-    merged: list[list[object]] = []
-    for name, number in percentiles.items():
-        place = at(min(max(number, edges[0]), edges[-1]))
-        if merged and abs(merged[-1][0] - place) < 2:  # type: ignore[operator]
-            merged[-1][2] = name
+def _marks(
+    percentiles: Mapping[str, float], at: Callable[[float], float], edges: Sequence[float]
+) -> tuple[tuple[float, ...], tuple[Tick, ...]]:
+    """Returns where the percentiles are, and their labels: near ones share one, close labels get lines."""
+    places = [at(min(max(number, edges[0]), edges[-1])) for number in percentiles.values()]
+    groups: list[list[int]] = []
+    for index, place in enumerate(places):
+        if groups and place - places[groups[-1][-1]] < 14:
+            groups[-1].append(index)
         else:
-            merged.append([place, name, name])
-    marks: list[Tick] = []
+            groups.append([index])
+    names = list(percentiles)
+    labels: list[Tick] = []
     ends = [-math.inf] * 3
-    for place, first, last in merged:
-        said = str(first) if first == last else f"{first}\u2013{last}"
-        half = 4 * len(said)
-        assert isinstance(place, float)
-        line = next((line for line in range(3) if ends[line] <= place - half), 2)
-        ends[line] = place + half + 4
-        marks.append(Tick(place, said, line))
-    return tuple(marks)
+    for group in groups:
+        first, last = names[group[0]], names[group[-1]]
+        said = first if first == last else f"{first}\u2013{last}"
+        half = 3.6 * len(said)
+        middle = (places[group[0]] + places[group[-1]]) / 2
+        middle = min(max(middle, half), WIDTH - half)
+        line = next((line for line in range(3) if ends[line] <= middle - half), 2)
+        ends[line] = middle + half + 4
+        labels.append(Tick(middle, said, line))
+    return tuple(places), tuple(labels)
 
 
 def _in_words(distribution: Numbers) -> str:
     if not distribution.num:
         return f"{distribution.label}: no values"
-    assert distribution.minimum is not None and distribution.maximum is not None
+    assert distribution.minimum is not None
+    assert distribution.maximum is not None
     percentiles = ", ".join(f"{p} {value(v)}" for p, v in distribution.percentiles.items())
     return (
         f"{distribution.label} of {whole(distribution.num)} {distribution.of}, {distribution.unit}: "
@@ -301,27 +335,35 @@ def rows(*distributions: Names) -> list[Row]:
         others = max(d.num_names for d in distributions) - len(chosen)
         table.append((f"{others:,} others", rest))
     longest = max(
-        (num / total for _, nums in table for num, total in zip(nums, totals, strict=True)), default=1
+        (num / total for _, nums in table for num, total in zip(nums, totals, strict=True)),
+        default=1,
     )
     return [
         Row(
             name,
             place * _ROW,
             tuple(num / total / (longest or 1) for num, total in zip(nums, totals, strict=True)),
-            tuple(f"{whole(num)} ({percent(num / total)})" for num, total in zip(nums, totals, strict=True)),
+            tuple(
+                f"{whole(num)} ({percent(num / total)})"
+                for num, total in zip(nums, totals, strict=True)
+            ),
         )
         for place, (name, nums) in enumerate(table)
     ]
 
 
-def cloud(words: Words, most: int = _NUM_CLOUD) -> list[tuple[str, int, float, float]]:
+def cloud(
+    words: Words, most: int = _NUM_CLOUD, largest: float = 2.8
+) -> list[tuple[str, int, float, float]]:
     """Returns (word, how often, size in em, strength in [0, 1]) in the order of the alphabet."""
     top = words.top[:most]
     if not top:
         return []
-    largest = math.sqrt(top[0][1])
-    sized = [(word, num, math.sqrt(num) / largest) for word, num in top]
-    return sorted((word, num, 0.8 + 2.0 * share, 0.45 + 0.55 * share) for word, num, share in sized)
+    sized = [(word, num, math.sqrt(num / top[0][1])) for word, num in top]
+    return sorted(
+        (word, num, 0.8 + (largest - 0.8) * share, 0.45 + 0.55 * share)
+        for word, num, share in sized
+    )
 
 
 def direction(language: str) -> str:

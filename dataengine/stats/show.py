@@ -6,7 +6,8 @@ import sys
 from rich.markup import escape
 from rich.table import Table
 
-from dataengine.funnel import clock, show as show_funnel
+from dataengine.funnel import clock
+from dataengine.funnel import show as show_funnel
 from dataengine.stats.compare import Comparison
 from dataengine.stats.measure import Statistics
 from dataengine.stats.page import labels, percent, value, whole
@@ -57,7 +58,11 @@ def show(statistics: Statistics) -> None:
     out.print(
         f"{whole(statistics.actionness.num_verbs)} different verbs, "
         f"{value(statistics.actionness.mean)} a caption"
-        + (f"; words from a sample of {whole(statistics.num_texts)} clips" if statistics.sampled else "")
+        + (
+            f"; words from a sample of {whole(statistics.num_texts)} clips"
+            if statistics.sampled
+            else ""
+        )
         + "\n",
         highlight=False,
     )
@@ -82,17 +87,27 @@ def show_comparison(found: Comparison) -> None:
     table = _table("", *map(escape, names), "in both", "of all in any")
     both = found.overlap
     table.add_row(
-        "clips", whole(found.a.num_clips), whole(found.b.num_clips), whole(both.num_clips), percent(both.clip_jaccard)
+        "clips",
+        whole(found.a.num_clips),
+        whole(found.b.num_clips),
+        whole(both.num_clips),
+        percent(both.clip_jaccard),
     )
     table.add_row(
-        "videos", whole(found.a.num_videos), whole(found.b.num_videos), whole(both.num_videos), percent(both.video_jaccard)
+        "videos",
+        whole(found.a.num_videos),
+        whole(found.b.num_videos),
+        whole(both.num_videos),
+        percent(both.video_jaccard),
     )
     table.add_row("h:mm:ss", clock(found.a.hours), clock(found.b.hours), "", "")
     out.print(table)
     table = _table("", "distance", *(f"{escape(name)} median" for name in names))
     for pair in (*found.numbers, *found.lengths):
         table.add_row(
-            pair.name, value(pair.distance), *(value(side.percentiles.get("p50")) for side in (pair.a, pair.b))
+            pair.name,
+            value(pair.distance),
+            *(value(side.percentiles.get("p50")) for side in (pair.a, pair.b)),
         )
     for pair in found.names:
         tops = (side.counts[0][0] if side.counts else "-" for side in (pair.a, pair.b))

@@ -31,7 +31,7 @@ UNKNOWN = "unknown"
 """The language of a transcript whose language is not known."""
 
 _SPACELESS = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}ー"
-_WORD = r"[\p{L}\p{M}\p{N}]+(?:['’][\p{L}\p{M}]+)*"
+_WORD = r"[\p{L}\p{M}\p{N}]+(?:['\x{2019}][\p{L}\p{M}]+)*"
 _BE = ("am", "is", "are", "was", "were", "be", "been", "being")
 
 
@@ -164,7 +164,9 @@ def read_texts(
     selected = ", ".join(map(identifier, ["language", *columns]))
     sampled = ""
     if num_clips > most:
-        sampled = f" where hash(clip_id, {int(seed)}::bigint) < {int(most / num_clips * 2**64)}::ubigint"
+        sampled = (
+            f" where hash(clip_id, {int(seed)}::bigint) < {int(most / num_clips * 2**64)}::ubigint"
+        )
     db.execute(f"create or replace temp table texts as select {selected} from chosen{sampled}")
     return _number(db, "select count(*) from texts")
 
@@ -358,7 +360,9 @@ def bias(db: duckdb.DuckDBPyConnection) -> list[Topic]:
         groups = []
         for name in about["groups"]:
             mentions, captions = counts.get((topic, name), (0, 0))
-            said = {p: v["groups"][name] for p, v in published.items() if name in v.get("groups", {})}
+            said = {
+                p: v["groups"][name] for p, v in published.items() if name in v.get("groups", {})
+            }
             groups.append(
                 Group(name, mentions, captions, mentions / total if total else None, said)
             )
