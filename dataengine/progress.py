@@ -114,7 +114,8 @@ class ProgressDisplay:
         done = snapshot.num_videos_done
         whole = _rate(done, elapsed, self._unit)
         if 0 < done < self._num_videos:
-            whole += f", {duration(elapsed / done * (self._num_videos - done))} left"
+            left = f"{duration(elapsed / done * (self._num_videos - done))} left"
+            whole = f"{whole}, {left}" if whole else left
         self._update(self._videos, done, self._num_videos, whole)
         # A shard's clips are not counted before.
         upstream = self._num_videos if self._unit == "videos" else None
@@ -136,7 +137,7 @@ class ProgressDisplay:
         counts = [
             done,
             *(stage.num_in for stage in stages),
-            *(stage.num_actors for stage in stages),
+            *(stage.num_actors > 0 for stage in stages),
         ]
         since_s = time.monotonic() - self._last_plain
         unchanged = counts == self._last_counts
@@ -172,4 +173,6 @@ def duration(seconds: float) -> str:
 
 
 def _rate(count: int, seconds: float, unit: str) -> str:
-    return f"{count / seconds:.1f} {unit}/s" if count and seconds > 0.5 else ""
+    """Returns how many a second; empty where that is less than can be said in one decimal."""
+    rate = count / seconds if seconds > 0.5 else 0.0
+    return f"{rate:.1f} {unit}/s" if rate >= 0.05 else ""

@@ -40,7 +40,9 @@ def test_stages_say_what_they_have_done_while_no_shard_ends(clock):
 def test_what_does_not_change_is_not_said_every_ten_seconds(clock):
     done = {name: StageCounts(num_actors=1, num_in=5) for name in ("caption", "fuse")}
     ended = Snapshot(done, num_videos_done=1)
-    lines = lines_of(clock, [(now, ended) for now in range(11, 100, 11)])
+    more = Snapshot({name: StageCounts(num_actors=2, num_in=5) for name in done}, 1)
+    shown = [(now, more if now > 50 else ended) for now in range(11, 100, 11)]
+    lines = lines_of(clock, shown)
     assert len(lines) == 2
     assert all(line.endswith("caption 5  fuse 5  finishing") for line in lines)
 
@@ -50,3 +52,20 @@ def test_the_shards_are_no_total_of_the_clips():
     display.show(Snapshot({"caption": StageCounts(num_in=7, num_out=7, num_actors=1)}))
     shards, caption = display._bars.tasks
     assert (shards.total, caption.total, caption.fields["known"]) == (3, None, "?")
+
+
+def test_a_rate_too_small_to_be_said_is_left_out(clock):
+    half = Snapshot({}, num_videos_done=1)
+    out = io.StringIO()
+    display = ProgressDisplay(Console(file=out), ["fuse"], 2, "shards")
+    clock[0] = 100
+    display.show(half)
+    assert out.getvalue().split("shards 1 of 2")[1].split() == [
+        "1",
+        "min",
+        "40",
+        "s",
+        "left",
+        "fuse",
+        "starting",
+    ]
