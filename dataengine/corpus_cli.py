@@ -418,6 +418,12 @@ def view(
     """Filter, watch and read clips in a browser; the page is for you alone."""
     from dataengine.viewer.server import view as run_view
 
+    if host not in ("127.0.0.1", "localhost", "::1"):
+        LIVE.print(
+            f"Whoever reaches {host} and has the address may look and save subsets, over plain HTTP.",
+            highlight=False,
+            markup=False,
+        )
     run_view(data, host=host, port=port, open_browser=open_browser, memory=memory, say=typer.echo)
 
 

@@ -267,13 +267,12 @@ def test_bad_numbers_are_refused_in_words(viewer):
 @pytest.mark.parametrize(
     "order", ["", "clip_score", "language", "has_audio", "duration_ms", "caption"]
 )
-@pytest.mark.parametrize("limit", [1, 4, 30])
-def test_pages_show_every_clip_once(viewer, order, descending, limit):
+def test_pages_show_every_clip_once(viewer, order, descending):
     whole = viewer.get("/api/clips", order=order, descending=descending, limit=500)
     assert whole["next"] is None
     expected = [clip["clip_id"] for clip in whole["clips"]]
     assert len(set(expected)) == len(expected) == 30
-    assert viewer.all_ids(limit, order=order, descending=descending) == expected
+    assert viewer.all_ids(4, order=order, descending=descending) == expected
 
 
 def test_orders_are_what_they_say(viewer):
@@ -290,7 +289,7 @@ def test_orders_are_what_they_say(viewer):
     assert falling[0] == "nan"  # DuckDB: above every number
     assert falling[-1] is None
     assert [v for v in falling if isinstance(v, float)] == finite[::-1]
-    assert viewer.all_ids(descending=True) == viewer.all_ids()[::-1]
+    assert viewer.all_ids(30, descending=True) == viewer.all_ids(30)[::-1]
 
 
 def test_a_commit_shows_without_a_restart(tmp_path):
@@ -388,7 +387,7 @@ def test_seeking_reads_a_row_group_once(corpus, monkeypatch):
 
     monkeypatch.setattr(pq.ParquetFile, "read_row_group", counted)
     with viewing(corpus) as client:
-        for start in range(0, 5000, 100):
+        for start in range(0, 5000, 500):
             client.raw("/media/video", headers={"Range": f"bytes={start}-"}, id="v_3_0_1000")
         client.raw("/media/video", id="v_3_1000_2000")  # of the same row group
     assert reads == [["clip_id", "video"]]
@@ -478,7 +477,7 @@ def test_a_filter_is_saved_as_a_subset_and_shown(tmp_path):
     "body",
     [
         {"name": "../../x"}, {"name": ""}, {"name": "/tmp/x"}, {"name": ".x"}, {"name": "a" * 300}, {},
-        {"name": "x", "where": "scor > 1"}, {"name": "x", "where": "clip_score > 99"},
+        {"name": "x", "where": "scor > 1"}, {"name": "x", "where": "duration_ms > 9999"},
         {"name": "x", "preset": "no"}, {"name": "x", "order": "no"}, {"name": "x", "num_clips": 0},
         {"name": "x", "preset": "flt", "order": "top"}, {"name": "x", "order": "top", "score": "a desc; --"},
     ],
@@ -599,7 +598,7 @@ def test_a_reader_filters_plays_and_saves(tmp_path):
     if browser_path is None:
         pytest.skip("no chromium is installed")
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    mp4 = make_video(tmp_path / "v.mp4", seconds=4.0).read_bytes()
+    mp4 = make_video(tmp_path / "v.mp4", (50, 50)).read_bytes()
     corpus = Corpus.create(str(tmp_path / "c"))
     corpus.take_over("r-1")
     jpeg = _jpeg()
@@ -626,10 +625,10 @@ def test_a_reader_filters_plays_and_saves(tmp_path):
             ),
         )
         page.goto(f"{client.base}/?token={TOKEN}")
-        page.wait_for_function("document.querySelectorAll('.clip').length === 5")
+        shows(page, "document.querySelectorAll('.clip').length === 5")
         assert "token" not in page.url
         assert page.locator(".clip p").nth(2).inner_text() == HOSTILE
-        assert page.evaluate("document.querySelector('.poster img').naturalWidth") > 0
+        shows(page, "document.querySelector('.poster img').naturalWidth > 0")
 
         page.fill("#where", "scor > 1")
         page.keyboard.press("Enter")
@@ -638,42 +637,50 @@ def test_a_reader_filters_plays_and_saves(tmp_path):
 
         page.fill("#where", "clip_score >= p50")
         page.keyboard.press("Enter")
-        page.wait_for_function("document.querySelectorAll('.clip').length === 3")
-        page.wait_for_function("document.querySelector('#count').textContent.startsWith('3 clips')")
+        shows(page, "document.querySelectorAll('.clip').length === 3")
+        shows(page, "document.querySelector('#count').textContent.startsWith('3 clips')")
         assert "p50 of clip_score is 0.2" in page.inner_text("#percentiles")
 
         page.locator(".clip").nth(0).click()
-        page.wait_for_function("player.readyState >= 2 && player.currentTime > 0.2")
-        assert page.inner_text("#facts .caption") == HOSTILE
-        assert page.locator("#timeline rect").count() == 5
-        page.evaluate("player.currentTime = 3")
-        page.wait_for_function(
-            "player.readyState >= 2 && player.currentTime >= 3 && !player.seeking"
+        shows(page, "player.readyState >= 2 && player.currentTime > 0.2")
+        shows(page, "document.querySelectorAll('#timeline rect').length === 5")
+        shows(
+            page,
+            "document.querySelector('#timeline rect.here') === timeline.querySelectorAll('rect')[2]",
         )
+        assert page.inner_text("#facts .caption") == HOSTILE
+        page.evaluate("player.currentTime = 3")
+        shows(page, "player.readyState >= 2 && player.currentTime >= 3 && !player.seeking")
 
         page.keyboard.press("ArrowRight")  # of frames alone
         page.wait_for_selector("#no-video:not([hidden])")
-        assert page.locator("#frames.large img").count() == 3
+        shows(page, "document.querySelectorAll('#frames.large img').length === 3")
         page.keyboard.press("ArrowRight")
-        page.wait_for_function("!player.hidden && player.readyState >= 1")
+        shows(page, "!player.hidden && player.readyState >= 1")
 
         page.keyboard.press("s")
         page.fill("#save-name", "from-the-page")
         page.click("#save-go")
-        page.wait_for_function(
-            "document.querySelector('#save-answer').textContent.includes('3 clips')"
-        )
+        shows(page, "document.querySelector('#save-answer').textContent.includes('3 clips')")
         page.click("#save-cancel")
         page.select_option("#subset", "from-the-page")
         page.fill("#where", "")
         page.click("#show")
-        page.wait_for_function("document.querySelector('#count').textContent.startsWith('3 clips')")
+        shows(page, "document.querySelector('#count').textContent.startsWith('3 clips')")
         title = page.title()
         browser.close()
     assert corpus.names("subsets") == ["from-the-page"]
     assert title != "broken"
     assert problems == []
     assert elsewhere == []
+
+
+def shows(page, expression):
+    """Waits until an expression is true; the page's policy forbids Playwright's own way."""
+    deadline = time.monotonic() + 60
+    while not page.evaluate(expression):
+        assert time.monotonic() < deadline, expression
+        page.wait_for_timeout(50)
 
 
 def _jpeg():

@@ -165,7 +165,8 @@ def _parse(db: duckdb.DuckDBPyConnection, sql: str) -> dict[str, Any]:
     assert row is not None
     tree = json.loads(row[0])
     if tree["error"]:
-        raise ConfigError(f"The query cannot be run: {tree.get('error_message', 'it is no SQL')}")
+        message = " ".join(tree.get("error_message", "it is no SQL").split())
+        raise ConfigError(f"The query cannot be run: {message}")
     if len(tree["statements"]) != 1:
         raise ConfigError("Expected one condition or one SELECT")
     return tree

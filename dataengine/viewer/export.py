@@ -5,6 +5,7 @@ import contextlib
 import io
 import queue
 import threading
+import time
 from typing import BinaryIO, Literal, cast
 
 import duckdb
@@ -17,6 +18,12 @@ Format = Literal["csv", "jsonl", "parquet"]
 _CHUNK_BYTES = 1 << 20
 _MOST_WAITING = 4
 """Chunks that are written but not yet sent; then the writer waits for the reader."""
+
+_STALLED_S = 600.0
+"""A reader that takes nothing for so long is gone."""
+
+_SLOTS = threading.Semaphore(2)
+"""Rows are written for so many readers at once; others wait."""
 
 
 class Export:
@@ -44,7 +51,7 @@ class Export:
         self._thread.start()
 
     def take(self) -> bytes | None:
-        """Returns the next chunk, or None after the last.
+        """Returns the next chunk, or None after the last; call it until then, or `stop`.
 
         Raises:
             Exception: What stopped the writer, so that a file that is not whole does not look so.
@@ -58,12 +65,29 @@ class Export:
         """Gives up what is not yet written."""
         self._pipe.cancel()
         while self._thread.is_alive():
-            if self._db is not None:
+            db = self._db
+            if db is not None:
                 with contextlib.suppress(duckdb.Error):
-                    self._db.interrupt()
+                    db.interrupt()
             self._thread.join(0.05)
 
     def _work(self) -> None:
+        try:
+            while not _SLOTS.acquire(timeout=0.1):
+                if self._pipe.cancelled:
+                    return
+            try:
+                self._write()
+            finally:
+                _SLOTS.release()
+        except BrokenPipeError:
+            pass
+        except Exception as error:  # noqa: BLE001  the reader raises it
+            self._error = error
+        finally:
+            self._pipe.end()
+
+    def _write(self) -> None:
         try:
             with self._catalog.connection(self._subset) as connection:
                 self._db = connection.db
@@ -81,13 +105,8 @@ class Export:
                         text.flush()
                         text.detach()
                 self._pipe.send()
-        except BrokenPipeError:
-            pass
-        except Exception as error:  # noqa: BLE001  the reader raises it
-            self._error = error
         finally:
             self._db = None
-            self._pipe.end()
 
 
 class _Pipe(io.RawIOBase):
@@ -97,7 +116,7 @@ class _Pipe(io.RawIOBase):
         self.waiting: queue.Queue[bytes | None] = queue.Queue(_MOST_WAITING)
         self._buffer = bytearray()
         self._written = 0
-        self._cancelled = False
+        self.cancelled = False
 
     def writable(self) -> bool:
         return True
@@ -123,10 +142,11 @@ class _Pipe(io.RawIOBase):
             self._put(None)
 
     def cancel(self) -> None:
-        self._cancelled = True
+        self.cancelled = True
 
     def _put(self, chunk: bytes | None) -> None:
-        while not self._cancelled:
+        ends = time.monotonic() + _STALLED_S
+        while not self.cancelled and time.monotonic() < ends:
             try:
                 self.waiting.put(chunk, timeout=0.1)
             except queue.Full:

@@ -2,6 +2,7 @@
 """The viewer's addresses, and how their work is run, interrupted and bounded."""
 
 import asyncio
+import contextlib
 import os
 import secrets
 import socket
@@ -15,6 +16,7 @@ from importlib.resources import files
 from typing import Annotated, Any, TypeVar
 
 import anyio.to_thread
+import duckdb
 import uvicorn
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
@@ -35,7 +37,6 @@ QUERY_SECONDS = 120.0
 
 _NUM_QUERIES = 4
 _NUM_READS = 4
-_NUM_EXPORTS = 2
 _CHUNK_BYTES = 256 << 10
 _KEPT = "private, max-age=600"
 """A frame of a page that is turned back to is not asked for again."""
@@ -89,7 +90,6 @@ class Viewer:
         self._memory = memory
         self._query_seconds = query_seconds
         self._queries = asyncio.Semaphore(_NUM_QUERIES)
-        self._exports = asyncio.Semaphore(_NUM_EXPORTS)
         self._reads = asyncio.Semaphore(_NUM_READS)
         self._saving = threading.Lock()
         self.app: ASGIApp = Guard(self._routes(), token=token, cookie=cookie, host=host)
@@ -174,15 +174,19 @@ class Viewer:
         wanted, by = Filter(where, text, subset), Order(order, descending)
         statement = await self._ask(request, subset, lambda c: self.catalog.select(c, wanted, by))
         export = Export(self.catalog, subset, statement, format)
+        export.start()
+        # What goes wrong while rows are read goes wrong here, for most conditions.
+        first = asyncio.create_task(asyncio.to_thread(export.take))
+        await self._watch(request, first, export.stop, float("inf"))
 
         async def chunks() -> AsyncIterator[bytes]:
-            async with self._exports:
-                export.start()
-                try:
-                    while (chunk := await anyio.to_thread.run_sync(export.take)) is not None:
-                        yield chunk
-                finally:
-                    await asyncio.shield(asyncio.to_thread(export.stop))
+            try:
+                chunk = first.result()
+                while chunk is not None:
+                    yield chunk
+                    chunk = await asyncio.to_thread(export.take)
+            finally:
+                await asyncio.shield(asyncio.to_thread(export.stop))
 
         kinds = {"csv": "text/csv", "jsonl": "application/x-ndjson"}
         headers = {"content-disposition": f'attachment; filename="clips.{format}"'}
@@ -294,33 +298,42 @@ class Viewer:
                 holder.append(connection)
                 return work(connection)
 
+        def interrupt() -> None:
+            if holder:
+                with contextlib.suppress(duckdb.Error):
+                    holder[0].db.interrupt()
+
         async with self._queries:
             if await request.is_disconnected():
-                raise _GoneError
+                raise _GoneError("The client went away")
             task = asyncio.create_task(asyncio.to_thread(run))
-            ends = time.monotonic() + self._query_seconds
-            reason: EngineError | None = None
-            pause = 0.005  # most questions are short
-            try:
-                while not (await asyncio.wait({task}, timeout=pause))[0]:
-                    pause = min(2 * pause, 0.1)
-                    if await request.is_disconnected():
-                        reason = _GoneError("The client went away")
-                    elif time.monotonic() > ends:
-                        reason = ConfigError(
-                            f"No answer within {self._query_seconds:g} s; it was given up",
-                            "a narrower condition; or dataengine query, which has no limit",
-                        )
-                    # Again and again: the thread may be between two statements.
-                    if reason is not None and holder:
-                        holder[0].db.interrupt()
-            except asyncio.CancelledError:
-                if holder:
-                    holder[0].db.interrupt()
-                raise
-            if reason is not None and task.exception() is not None:
-                raise reason
-            return task.result()
+            return await self._watch(request, task, interrupt, self._query_seconds)
+
+    async def _watch(
+        self, request: Request, task: asyncio.Task[_T], stop: Callable[[], None], seconds: float
+    ) -> _T:
+        """Waits for work in a thread, which it has stopped when nobody waits for it any more."""
+        ends = time.monotonic() + seconds
+        reason: EngineError | None = None
+        pause = 0.005  # most questions are short
+        try:
+            while not (await asyncio.wait({task}, timeout=pause))[0]:
+                pause = min(2 * pause, 0.1)
+                if await request.is_disconnected():
+                    reason = _GoneError("The client went away")
+                elif time.monotonic() > ends:
+                    reason = ConfigError(
+                        f"No answer within {seconds:g} s; it was given up",
+                        "a narrower condition; or dataengine query, which has no limit",
+                    )
+                if reason is not None:
+                    stop()  # again and again: the thread may be between two statements
+        except asyncio.CancelledError:
+            stop()
+            raise
+        if reason is not None and (task.exception() is not None or isinstance(reason, _GoneError)):
+            raise reason
+        return task.result()
 
 
 class _GoneError(EngineError):
