@@ -8,7 +8,7 @@ import pytest
 from dataengine.compact import compact
 from dataengine.corpus import Corpus
 from dataengine.errors import ConfigError, CorpusError
-from dataengine.query import subsets
+from dataengine.query import percentiles, subsets
 from dataengine.query.percentiles import resolve
 from dataengine.query.sql import connect
 from dataengine.query.subsets import Definition, make_subset, preset, read_definition
@@ -248,6 +248,32 @@ def test_a_percentile_is_numpys(corpus, percent):
         found = resolve(db, f"clip_score <= p{percent}")
         count = one(db, f"select count(*) from clips where {found.condition}")
     assert count == sum(np.float32(s) <= bound for s in scores)
+
+
+@pytest.mark.parametrize("column", ["clip_score", "duration_ms", "video_id", "fps"])
+def test_a_percentile_of_many_clips_is_the_same(tmp_path, monkeypatch, column):
+    """The way that does not sort: many values, few different ones, all equal."""
+    corpus = Corpus.create(str(tmp_path / "c"))
+    corpus.take_over("r-1")
+    rng = np.random.default_rng(0)
+    rows = [
+        clip_row(f"v{i % 7}", 1000 * i, 1000 * i + 500 + 100 * (i % 3), clip_score=float(s))
+        for i, s in enumerate(rng.random(30_000))
+    ]
+    for row in rows:
+        row |= {"video": None, "frames": [b"j"], "frame_ms": [0]}
+    by_video = sorted(rows, key=lambda row: row["video_id"])
+    ledger = [
+        ledger_row(f"v{v}", [row for row in by_video if row["video_id"] == f"v{v}"])
+        for v in range(7)
+    ]
+    corpus.commit(clips_table(by_video), ledger, run_id="r-1", fingerprint="f")
+    condition = " and ".join(f"{column} >= p{p}" for p in (0, 3, 50, 70, 100))
+    with connect(corpus) as db:
+        expected = resolve(db, condition).percentiles
+        monkeypatch.setattr(percentiles, "_SORTED_CLIPS", 0)
+        monkeypatch.setattr(percentiles, "_MARGIN", 0.2)  # a sample of few blocks
+        assert resolve(db, condition).percentiles == expected
 
 
 def test_percentiles_are_over_the_clips_that_pass_the_other_conditions(corpus):

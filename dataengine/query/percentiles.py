@@ -9,6 +9,7 @@ clips that pass the *other* conditions, joined by AND, that hold no percentile t
 """
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +18,15 @@ from typing import Any
 import duckdb
 
 from dataengine.errors import ConfigError
+
+_SORTED_CLIPS = 2_000_000
+"""Up to so many clips, a percentile is found by sorting them."""
+
+_MARGIN = 0.01
+"""How far, as a share of the values, a quantile may lie from where a sample says."""
+
+_MOST_INSIDE = 0.1
+"""More values than this share between the bounds are not sorted: many are equal."""
 
 _LITERAL = re.compile(r"p(\d{1,3})(?:_(\d{1,6}))?", re.IGNORECASE)
 
@@ -81,24 +91,59 @@ def resolve(db: duckdb.DuckDBPyConnection, condition: str, *, over_all: bool = F
         [] if over_all else [term for term in terms if not any(_literals({"term": term}, columns))]
     )
     others = _conjunction(db, base)
-    aggregates = [
-        f"quantile_disc({_sql(db, literal.target)}, {literal.percent / 100!r})" for literal in found
-    ]
-    values = db.execute(
-        f"select {', '.join(f'({a})::varchar, typeof({a})' for a in aggregates)} from clips"
-        + (f" where {others}" if others else "")
-    ).fetchone()
-    assert values is not None  # an aggregate always gives one row
     percentiles = []
-    for position, literal in enumerate(found):
-        text, kind = values[2 * position], values[2 * position + 1]
-        quoted = "null" if text is None else "'" + text.replace("'", "''") + "'"
-        value = f"cast({quoted} as {kind})"
-        literal.parent[literal.key] = _parse(db, f"select {value}")["statements"][0]["node"][
-            "select_list"
-        ][0]
-        percentiles.append(Percentile(_sql(db, literal.target), literal.percent, value))
+    for literal in found:
+        column = _sql(db, literal.target)
+        value = _quantile(db, column, literal.percent / 100, others)
+        cast = _parse(db, f"select {value}")["statements"][0]["node"]["select_list"][0]
+        literal.parent[literal.key] = cast
+        percentiles.append(Percentile(column, literal.percent, value))
     return Resolved(_conjunction(db, terms), tuple(percentiles))
+
+
+def _quantile(db: duckdb.DuckDBPyConnection, column: str, share: float, others: str) -> str:
+    """Returns the SQL of a quantile, exact, of the clips that pass the other conditions."""
+    values = f"(select {column} as t from clips" + (f" where {others}" if others else "") + ")"
+    ((_, kind, *_),) = db.execute(f"describe select {column} as t from clips").fetchall()
+    ((num_clips,),) = db.execute("select count(*) from clips").fetchall()
+    found = _narrowed(db, values, kind, share) if num_clips > _SORTED_CLIPS else None
+    if found is None:
+        ((found,),) = db.execute(
+            f"select quantile_disc(t, {share!r})::varchar from {values}"
+        ).fetchall()
+    return f"cast(null as {kind})" if found is None else _value(found, kind)
+
+
+def _narrowed(db: duckdb.DuckDBPyConnection, values: str, kind: str, share: float) -> str | None:
+    """Returns a quantile of many values without holding them: those around it are found by a sample.
+
+    Returns:
+        The value's text; None where the sample misleads, or too many values are equal to it.
+    """
+    wanted = (max(0.0, share - _MARGIN), min(1.0, share + _MARGIN))
+    ((low, high),) = db.execute(
+        f"select quantile_disc(t, {wanted[0]!r})::varchar, quantile_disc(t, {wanted[1]!r})::varchar "
+        f"from (from {values} using sample 1% (system))"
+    ).fetchall()
+    if low is None:
+        return None
+    low, high = _value(low, kind), _value(high, kind)
+    ((num_values, below, inside),) = db.execute(
+        f"select count(t), count(*) filter (t < {low}), count(*) filter (t between {low} and {high}) "
+        f"from {values}"
+    ).fetchall()
+    rank = max(1, math.ceil(share * num_values))
+    if not below < rank <= below + inside or inside > _MOST_INSIDE * num_values:
+        return None
+    ((found,),) = db.execute(
+        f"select t::varchar from {values} where t between {low} and {high} "
+        f"order by t limit 1 offset {rank - below - 1}"
+    ).fetchall()
+    return found
+
+
+def _value(text: str, kind: str) -> str:
+    return "cast('" + text.replace("'", "''") + f"' as {kind})"
 
 
 @dataclass(frozen=True)
