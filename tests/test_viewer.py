@@ -144,9 +144,7 @@ def test_the_token_becomes_a_cookie_that_scripts_cannot_read(viewer):
     assert answer.status_code == 200
     assert "HttpOnly" in answer.headers["set-cookie"]
     assert "SameSite=Strict" in answer.headers["set-cookie"]
-    assert requests.get(
-        viewer.base + "/api/corpus", cookies=answer.cookies.get_dict(), timeout=60
-    ).ok
+    assert requests.get(viewer.base + "/api/corpus", cookies=answer.cookies, timeout=60).ok
     # The token opens the page alone; an address with it that leaks into a log opens no data.
     assert requests.get(f"{viewer.base}/api/corpus?token={TOKEN}", timeout=60).status_code == 403
 

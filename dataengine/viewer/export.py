@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows of a query as a file that is sent while it is written."""
 
+import codecs
 import contextlib
 import io
 import queue
 import threading
 import time
-from typing import BinaryIO, Literal, cast
+from typing import BinaryIO, Literal, TextIO, cast
 
 import duckdb
 
@@ -95,15 +96,12 @@ class Export:
                 match self._kind:
                     case "parquet":
                         sql.write_parquet(schema, batches, cast(BinaryIO, self._pipe))
-                        self._pipe.flush()
                     case "csv" | "jsonl":
-                        text = io.TextIOWrapper(self._pipe, encoding="utf-8", newline="")
+                        text = cast(TextIO, codecs.getwriter("utf-8")(self._pipe))
                         if self._kind == "csv":
                             sql.write_csv(schema, batches, text)
                         else:
                             sql.write_jsonl(batches, text)
-                        text.flush()
-                        text.detach()
                 self._pipe.send()
         finally:
             self._db = None
