@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from dataengine.corpus import Corpus
 from dataengine.errors import ConfigError, DependencyError, MediaError
 from dataengine.export.pieces import index_rows
+from dataengine.export.plain import plain_mp4s
 from dataengine.export.settings import ExportSettings
 from dataengine.export.webdataset import sample_key
 
@@ -72,7 +73,12 @@ class GenerationWriter:
         os.makedirs(temporary)
         rows: list[dict[str, Any]] = []
         for table in clips:
-            rows += [self._add(piece, temporary, row) for row in table.to_pylist()]
+            clips_of = table.to_pylist()
+            videos = [(row["video"] or {}).get("bytes") for row in clips_of]
+            if self._reencode:
+                videos = plain_mp4s(videos)
+            for row, video in zip(clips_of, videos, strict=True):
+                rows.append(self._add(piece, temporary, row, video))
         os.sync()  # once, because waiting for the disk after every file takes longer than writing them
         self.remove(piece)
         os.rename(temporary, target)
@@ -85,15 +91,14 @@ class GenerationWriter:
         """Removes a folder."""
         shutil.rmtree(self._folder.path("videos", piece), ignore_errors=True)
 
-    def _add(self, piece: str, folder: str, row: dict[str, Any]) -> dict[str, Any]:
-        data = (row["video"] or {}).get("bytes")
+    def _add(
+        self, piece: str, folder: str, row: dict[str, Any], data: bytes | MediaError | None
+    ) -> dict[str, Any]:
         if data is None:
             return {"problem": "no_video: the corpus holds frames only"}
+        if isinstance(data, MediaError):
+            return {"problem": str(data)}
         try:
-            if self._reencode:
-                from dataengine.export.plain import plain_mp4
-
-                data = plain_mp4(data)
             num_frames = _count_frames(data)
         except MediaError as error:
             return {"problem": str(error)}

@@ -161,11 +161,11 @@ def comparison(folder: Corpus, places: str) -> Iterator[duckdb.DuckDBPyConnectio
             pattern = url_of(folder, folder.path("index", "*.parquet"))
             # A table, because files change while it is asked. Indexes hold far less than clips.
             db.execute(
-                "create temp table held as select piece, clip_id, digest "
+                "create table held as select piece, clip_id, digest "
                 f"from read_parquet({quoted(pattern)}, union_by_name = true)"
             )
         else:
-            db.execute("create temp table held (piece varchar, clip_id varchar, digest ubigint)")
+            db.execute("create table held (piece varchar, clip_id varchar, digest ubigint)")
         yield db
 
 

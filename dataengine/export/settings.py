@@ -49,7 +49,7 @@ class ExportSettings(Settings):
     """Column that is written as ``UMT_Score``."""
     reencode: bool = False
     """Writes videos without anything hidden behind an edit list."""
-    max_bytes: int = Field(default=1 << 30, ge=1 << 16)
+    max_bytes: int = Field(default=1 << 30, ge=1)
     """Media bytes of one tar or Parquet file."""
     card_only: bool = False
     """Writes the dataset card into the corpus itself, whose shards are the dataset's files."""

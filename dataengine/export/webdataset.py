@@ -19,6 +19,7 @@ import pyarrow as pa
 from dataengine.corpus import Corpus
 from dataengine.errors import MediaError
 from dataengine.export.pieces import remove_file
+from dataengine.export.plain import PLAIN_PROVENANCE, plain_mp4s
 from dataengine.export.selection import PLACE_SCHEMA
 from dataengine.export.settings import ExportSettings
 
@@ -45,8 +46,12 @@ class WebDatasetWriter:
         def write(file: BinaryIO) -> None:
             with tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar:
                 for table in clips:
-                    for row in _rows(table):
-                        problems.append(self._add(tar, row))
+                    rows = list(_rows(table))
+                    videos = [(row["video"] or {}).get("bytes") for row in rows]
+                    if self._reencode:
+                        videos = plain_mp4s(videos)
+                    for row, video in zip(rows, videos, strict=True):
+                        problems.append(self._add(tar, row, video))
 
         self._folder.publish(f"{piece}.tar", write)
         return pa.table({"problem": pa.array(problems, pa.string())})
@@ -55,19 +60,15 @@ class WebDatasetWriter:
         """Removes a tar."""
         remove_file(self._folder, f"{piece}.tar")
 
-    def _add(self, tar: tarfile.TarFile, row: dict[str, Any]) -> str | None:
-        stored = row.pop("video") or {}
-        video = stored.get("bytes")
-        row["video_path"] = stored.get("path")
+    def _add(
+        self, tar: tarfile.TarFile, row: dict[str, Any], video: bytes | MediaError | None
+    ) -> str | None:
+        if isinstance(video, MediaError):
+            return str(video)
+        row["video_path"] = (row.pop("video") or {}).get("path")
         frames = row.pop("frames") or []
         arrays = {name: row.pop(name) for name in list(row) if isinstance(row[name], np.ndarray)}
         if video is not None and self._reencode:
-            from dataengine.export.plain import PLAIN_PROVENANCE, plain_mp4
-
-            try:
-                video = plain_mp4(video)
-            except MediaError as error:
-                return str(error)
             others = [entry for entry in row["provenance"] or () if entry["column"] != "video"]
             row["provenance"] = [*others, PLAIN_PROVENANCE]
             row["width"], row["height"] = (side // 2 * 2 for side in (row["width"], row["height"]))
