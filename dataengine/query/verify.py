@@ -157,7 +157,10 @@ def _check_shards(
                 path = corpus.path("catalog", f"{shard}.parquet")
                 with corpus.fs.open(path, "rb") as opened:
                     catalog = pq.read_table(opened)
-                found = [*_shard_format(file, added), *_shard_rows(shard, file, catalog, decode)]
+                found = [
+                    *_shard_format(file, added),
+                    *_shard_rows(shard, file, catalog, corpus.shard_columns, decode),
+                ]
                 num_clips = catalog.num_rows
         except (CorpusError, OSError, pa.ArrowException) as error:
             found = [str(error)]
@@ -331,9 +334,17 @@ def _shard_format(file: pq.ParquetFile, added: Collection[str]) -> Iterator[str]
                 yield f"row group {group}: {column.path_in_schema} is compressed or a dictionary"
 
 
-def _shard_rows(shard: str, file: pq.ParquetFile, catalog: pa.Table, decode: bool) -> Iterator[str]:
+def _shard_rows(
+    shard: str,
+    file: pq.ParquetFile,
+    catalog: pa.Table,
+    shard_only: Collection[str],
+    decode: bool,
+) -> Iterator[str]:
     """The catalog twin says the same as the shard, row by row, and media is what it says."""
-    kept = [name for name in file.schema_arrow.names if name not in records.SHARD_COLUMNS]
+    # Twins of older versions hold added embeddings too.
+    catalog = catalog.select([name for name in catalog.column_names if name not in shard_only])
+    kept = [name for name in file.schema_arrow.names if name not in shard_only]
     expected_names = kept + [name for name, _ in records.LOCATOR_FIELDS]
     if sorted(catalog.schema.names) != sorted(expected_names):
         yield "the catalog twin has another schema; an annotation that was cut short is to be run again"
