@@ -11,7 +11,6 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 from rich.progress import Progress
 
-from dataengine.config import problem_text, setting_place
 from dataengine.errors import ConfigError
 from dataengine.stage import Settings
 from dataengine.terminal import LIVE
@@ -206,6 +205,8 @@ def _checked(cls: type[SettingsT], what: str, **values: Any) -> SettingsT:
 
 
 def _problems(error: ValidationError, content: object = None) -> str:
+    from dataengine.config import problem_text, setting_place
+
     return "\n".join(
         f"  {'.'.join(setting_place(problem['loc'], content)) or 'llm'}: "
         f"{problem_text(problem['msg'])}"
