@@ -3,6 +3,7 @@
 
 const $ = (id) => document.getElementById(id);
 const PAGE_CLIPS = 60;
+const REMEMBERED_PAGES = 20; // in the address; it must not grow without end
 const WIDE = matchMedia("(min-width: 901px)");
 
 const state = {
@@ -76,7 +77,7 @@ function showError(error) {
 
 function columnChip(name, kind = "") {
   const chip = element("button", { type: "button", className: "chip", textContent: name, title: "Put it into the condition" });
-  if (kind) chip.append(element("small", { textContent: kind.length > 24 ? kind.slice(0, 22) + "…" : kind.toLowerCase() }));
+  if (kind) chip.append(element("small", { textContent: kind.startsWith("STRUCT") ? "struct[]" : kind.toLowerCase() }));
   chip.addEventListener("click", () => {
     const where = $("where");
     where.setRangeText(name, where.selectionStart, where.selectionEnd, "end");
@@ -98,7 +99,10 @@ function remember() {
   const parameters = new URLSearchParams();
   for (const [key, value] of Object.entries({ ...state.filter, order: state.order })) if (value) parameters.set(key, value);
   if (state.descending) parameters.set("descending", "true");
-  if (state.pages.length > 1) parameters.set("pages", JSON.stringify(state.pages.slice(1)));
+  if (state.pages.length > 1) {
+    parameters.set("page", state.pages.length);
+    parameters.set("pages", JSON.stringify(state.pages.slice(1).slice(-REMEMBERED_PAGES)));
+  }
   if (state.clip) parameters.set("clip", state.clip.clip_id);
   const text = parameters.toString();
   history.replaceState(null, "", text ? `/#${text}` : "/");
@@ -110,8 +114,9 @@ function recall() {
   state.order = parameters.get("order") || "";
   state.descending = parameters.get("descending") === "true";
   try {
-    const pages = JSON.parse(parameters.get("pages") || "[]");
-    state.pages = ["", ...pages.filter((page) => typeof page === "string")];
+    const pages = JSON.parse(parameters.get("pages") || "[]").filter((page) => typeof page === "string");
+    const forgotten = Math.min(Number(parameters.get("page")) || 1, 1e6) - 1 - pages.length;
+    state.pages = ["", ...Array(Math.max(0, forgotten)).fill(null), ...pages];
   } catch {
     state.pages = [""];
   }
@@ -185,7 +190,7 @@ function showClips() {
       element("img", { src: `/media/poster?id=${encodeURIComponent(clip.clip_id)}`, alt: "", loading: "lazy", decoding: "async" }),
       element("span", { className: "length", textContent: clock(clip.duration_ms, 1) }));
     const value = clip[state.order];
-    if (named && value != null) poster.append(element("span", { className: "value", textContent: typeof value === "number" ? number(value, 3) : value }));
+    if (named && value != null) poster.append(element("span", { className: "value", textContent: typeof value === "number" && !Number.isInteger(value) ? value.toPrecision(3) : value }));
     const tile = element("button", { type: "button", className: "clip", title: clip.clip_id }, poster,
       element("p", { textContent: clip.caption ?? "no caption", className: clip.caption == null ? "soft" : "" }));
     tile.addEventListener("click", () => choose(index, { play: true }));
@@ -194,13 +199,13 @@ function showClips() {
   $("clips").replaceChildren(...tiles);
   $("results").scrollTop = 0;
   $("empty").hidden = tiles.length > 0;
-  $("previous").disabled = state.pages.length === 1;
+  $("previous").disabled = state.pages.at(-2) == null;
   $("next").disabled = !state.next;
   $("page").textContent = `page ${state.pages.length}`;
 }
 
 async function turn(forward, pick = "first") {
-  if (forward ? !state.next : state.pages.length === 1) return;
+  if (forward ? !state.next : state.pages.at(-2) == null) return;
   if (forward) state.pages.push(state.next);
   else state.pages.pop();
   state.next = null;
@@ -447,7 +452,7 @@ function columnsOfGrid() {
 async function move(distance) {
   const target = state.chosen + distance;
   if (target >= state.clips.length && state.next) await turn(true);
-  else if (target < 0 && state.chosen >= 0 && state.pages.length > 1) await turn(false, "last");
+  else if (target < 0 && state.chosen >= 0 && state.pages.at(-2) != null) await turn(false, "last");
   else choose(Math.max(0, Math.min(state.clips.length - 1, target)));
 }
 
