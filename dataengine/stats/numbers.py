@@ -236,7 +236,7 @@ def survey(
     db: duckdb.DuckDBPyConnection, measured: Sequence[Measured], *, exact: bool
 ) -> dict[str, Summary]:
     """Returns extremes, mean and percentiles of all numbers, in one scan."""
-    percents = sorted({*PERCENTS, *_TAILS})
+    percents: list[float] = sorted({*PERCENTS, *_TAILS})
     shares = ", ".join(repr(percent / 100) for percent in percents)
     quantile = "quantile_disc" if exact else "approx_quantile"
     columns = ", ".join(
@@ -298,8 +298,8 @@ def bins_of(*summaries: Summary, whole: bool = False) -> Bins | None:
         return None
     least = min(s.minimum for s in filled if s.minimum is not None)
     most = max(s.maximum for s in filled if s.maximum is not None)
-    low = min(s.percentiles.get(_TAILS[0], least) for s in filled)
-    high = max(s.percentiles.get(_TAILS[1], most) for s in filled)
+    low = min(_reach(s, _TAILS[0], 10, least) for s in filled)
+    high = max(_reach(s, _TAILS[1], 90, most) for s in filled)
     if most - least <= 3 * (high - low) or high == low:
         low, high = least, most
     spread = high - low
@@ -311,6 +311,16 @@ def bins_of(*summaries: Summary, whole: bool = False) -> Bins | None:
     if whole and high >= (first + num) * width:
         num += 1  # an integer on the last edge gets its own bin
     return Bins(first, width, num)
+
+
+def _reach(summary: Summary, tail: float, decile: float, extreme: float) -> float:
+    """Returns how far bins reach on one side: to the tail, but not beyond thrice the decile's way there."""
+    percentiles = summary.percentiles
+    if not percentiles:
+        return extreme
+    other = percentiles[_TAILS[0] if tail == _TAILS[1] else _TAILS[1]]
+    reach = other + 3 * (percentiles[decile] - other)
+    return min(reach, percentiles[tail]) if tail > 50 else max(reach, percentiles[tail])
 
 
 def count_bins(
@@ -448,7 +458,7 @@ def summary_of_counts(counts: Sequence[tuple[int, int]]) -> Summary:
     for _, num in ordered:
         end += num
         ends.append(end)
-    percentiles = {
+    percentiles: dict[float, float] = {
         percent: float(
             ordered[bisect_left(ends, math.ceil(Fraction(str(percent)) * total / 100))][0]
         )

@@ -306,7 +306,7 @@ def _verb(word: str) -> tuple[str, str] | None:
     if verb:
         return verb, "plain" if word == verb else "inflected"
     if word.endswith("ing") and len(word) > 5:
-        return word_stem(word), "unlisted"
+        return word, "unlisted"
     return None
 
 
