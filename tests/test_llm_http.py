@@ -360,6 +360,7 @@ def tiny_llm(tmp_path_factory):
     return save_tiny_llm(tmp_path_factory.mktemp("models") / "tiny")
 
 
+@pytest.mark.slow
 def test_a_real_server_killed_and_restarted_in_mid_run(tiny_llm, tmp_path):
     words = ["red", "green", "blue", "cat", "dog", "sky", "sea", "sun", "car", "bus", "toy"] * 4
     asked = [

@@ -13,7 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
+from dataengine.compact import compact
+from dataengine.corpus import Corpus
 from dataengine.errors import ConfigError, CorpusError
+from dataengine.query.subsets import Definition, make_subset
 from training.data.index import open_index, split_by_video
 from training.data.loader import TrainLoader, coverage_loader
 from training.trainer import reader
@@ -139,6 +142,29 @@ def test_subset_chooses_clips_by_id(write_corpus, make_row, tmp_path):
     assert [tuple(map(int, place)) for place in places] == [(0, 0, 3), (1, 0, 5)]
     with pytest.raises(CorpusError, match="Unknown subset: three"):
         open_index(f"{corpus}#three", "caption")
+
+
+def test_a_merged_catalog_gives_the_same_index(write_corpus, make_row):
+    rows = [make_row(video, i, caption=f"{video} {i}") for video in range(9) for i in range(4)]
+    url = write_corpus(rows)
+    before = open_index(url, "caption")
+    compact(Corpus.open(url))
+    after = open_index(url, "caption")
+    assert after.fingerprint == before.fingerprint
+    for name in ("shard_number", "row_group", "row", "video_hash"):
+        assert np.array_equal(getattr(after, name), getattr(before, name))
+
+
+def test_a_drawn_subset_is_read_by_its_places(write_corpus, make_row):
+    rows = [make_row(video, i, caption=f"{video} {i}") for video in range(9) for i in range(4)]
+    url = write_corpus(rows)
+    make_subset(Corpus.open(url), "some", Definition(order="div", num_clips=13))
+    index = open_index(f"{url}#some", "caption")
+    drawn = pq.read_table(Corpus.open(url).subset_path("some")).to_pylist()
+    places = zip(index.shard_number, index.row_group, index.row, strict=True)
+    assert [(index.shards[s], int(g), int(r)) for s, g, r in places] == [
+        (row["shard"], row["row_group"], row["row"]) for row in drawn
+    ]
 
 
 def test_subset_of_clips_that_are_gone_is_refused(write_corpus, make_row, tmp_path):

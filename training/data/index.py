@@ -7,11 +7,13 @@ captions are read from the shards together with the media.
 
 import hashlib
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.dataset as pa_dataset
 import pyarrow.fs as arrow_fs
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
@@ -25,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ClipIndex:
-    """Clips with a caption, in catalog order. All arrays have one entry a clip."""
+    """Clips with a caption, in the order of the shards. All arrays have one entry a clip."""
 
     url: str
     """The corpus, without ``#subset``."""
@@ -80,56 +82,45 @@ def open_index(data: str, caption: str) -> ClipIndex:
     url, _, subset = data.partition("#")
     corpus = Corpus.open(url)
     check_caption_column(corpus, caption)
-    chosen = _subset_ids(corpus, subset) if subset else None
-
     shards = tuple(corpus.names("catalog"))
-    columns = ["clip_id", "video_id", "shard", "row_group", "row", caption]
-    parts: list[tuple[NDArray[np.int32], ...]] = []
-    videos: list[NDArray[np.int64]] = []
-    hasher = hashlib.blake2b(digest_size=8)
-    num_bare, first_bare, num_found = 0, "", 0
-    filesystem = arrow_filesystem(corpus)
-    for position, shard in enumerate(shards):
-        path = corpus.path("catalog", f"{shard}.parquet")
-        # The handle is closed by the with statement; a ParquetFile on a path would keep it.
-        with filesystem.open_input_file(path) as file:
-            parquet = pq.ParquetFile(file)
-            table = parquet.read([name for name in columns if name in parquet.schema_arrow.names])
-        if caption not in table.column_names:  # annotation has not come to this shard yet
-            table = table.append_column(caption, pa.nulls(len(table), pa.string()))
-        if chosen is not None:
-            table = table.filter(
-                pc.call_function("is_in", [table["clip_id"]], pc.SetLookupOptions(chosen))
-            )
-            num_found += len(table)
-        has_text = pc.field(caption).is_valid() & (pc.field(caption) != "")
-        bare = table.filter(~has_text)
-        if len(bare):
-            first_bare = first_bare or bare["clip_id"][0].as_py()
-            num_bare += len(bare)
-            table = table.filter(has_text)
-        if not set(table["shard"].unique().to_pylist()) <= {shard}:
-            raise CorpusError(f"catalog/{shard}.parquet points into other shards: {url}")
-        for clip_id in table["clip_id"].to_pylist():
-            hasher.update(clip_id.encode() + b"\n")
-        shard_N = np.full(len(table), position, dtype=np.int32)
-        row_group_N, row_N = (
-            table[name].to_numpy().astype(np.int32) for name in ("row_group", "row")
-        )
-        hasher.update(row_group_N.tobytes() + row_N.tobytes())
-        parts.append((shard_N, row_group_N, row_N))
-        videos.append(_hashed(table["video_id"].combine_chunks()))
+    chosen = _Chosen.read(corpus, subset, shards) if subset else None
 
-    if chosen is not None and num_found != len(chosen):
+    number_of = {shard: number for number, shard in enumerate(shards)}
+    parts: list[_Columns] = []
+    num_bare, first_bare, num_found = 0, "", 0
+    for batch in _catalog_batches(corpus, ["clip_id", *_PLACE, "video_id", caption]):
+        shard = batch["shard"].dictionary_encode()
+        shard_N = np.array([number_of.get(n, -1) for n in shard.dictionary.to_pylist()], np.int32)
+        columns = _Columns(
+            shard_N[shard.indices.to_numpy()],
+            batch["row_group"].to_numpy().astype(np.int32),
+            batch["row"].to_numpy().astype(np.int32),
+            _hashed(batch["video_id"]),
+        )
+        text = batch[caption]
+        keep_N = pc.call_function("greater", [pc.call_function("binary_length", [text]), 0])
+        keep_N = keep_N.fill_null(False).to_numpy(zero_copy_only=False)
+        if chosen is not None:
+            asked_N = chosen.holds(columns, batch["clip_id"])
+            num_found += int(asked_N.sum())
+        else:
+            asked_N = np.ones(len(keep_N), dtype=bool)
+        bare_N = np.flatnonzero(asked_N & ~keep_N)
+        if len(bare_N):
+            first_bare = first_bare or batch["clip_id"][int(bare_N[0])].as_py()
+            num_bare += len(bare_N)
+        parts.append(columns.take(np.flatnonzero(asked_N & keep_N)))
+
+    if chosen is not None and num_found != chosen.num_clips:
         raise CorpusError(
-            f"Subset {subset} names {len(chosen) - num_found} clips that {url} does not hold",
+            f"Subset {subset} names {chosen.num_clips - num_found} clips that {url} does not hold",
             "make the subset again: the corpus has changed",
         )
     if num_bare:
         logger.warning(
             "%d clips have no %s and are left out, the first is %s", num_bare, caption, first_bare
         )
-    if not sum(map(len, videos)):
+    if not sum(len(part.row) for part in parts):
         filled = _filled_captions(corpus)
         raise CorpusError(
             f"No clip with a {caption} in {data}",
@@ -137,10 +128,104 @@ def open_index(data: str, caption: str) -> ClipIndex:
             if filled
             else "no caption column has text: run an ingest pipeline that captions",
         )
-    shard_N, row_group_N, row_N = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    return ClipIndex(
-        url, shards, shard_N, row_group_N, row_N, np.concatenate(videos), hasher.hexdigest()
+    clips = _Columns(
+        np.concatenate([part.shard_number for part in parts]),
+        np.concatenate([part.row_group for part in parts]),
+        np.concatenate([part.row for part in parts]),
+        np.concatenate([part.video_hash for part in parts]),
     )
+    if int(clips.shard_number.min()) < 0:
+        raise CorpusError(f"The catalog points into shards that are not committed: {url}")
+    # Merged catalogs are sorted by video; the order of the shards is the order of reading.
+    clips = clips.take(np.lexsort((clips.row, clips.row_group, clips.shard_number)))
+    hasher = hashlib.blake2b("\n".join(shards).encode(), digest_size=8)
+    for array in clips.arrays():
+        hasher.update(array.tobytes())
+    return ClipIndex(url, shards, *clips.arrays(), hasher.hexdigest())
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """Four numbers a clip, as in `ClipIndex`."""
+
+    shard_number: NDArray[np.int32]
+    row_group: NDArray[np.int32]
+    row: NDArray[np.int32]
+    video_hash: NDArray[np.int64]
+
+    def arrays(
+        self,
+    ) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32], NDArray[np.int64]]:
+        return self.shard_number, self.row_group, self.row, self.video_hash
+
+    def take(self, positions: NDArray[np.int64]) -> "_Columns":
+        return _Columns(
+            self.shard_number[positions],
+            self.row_group[positions],
+            self.row[positions],
+            self.video_hash[positions],
+        )
+
+    @property
+    def key(self) -> NDArray[np.int64]:
+        """One number a clip: 2^23 shards, 2^20 row groups a shard, 2^20 rows a group."""
+        shard = self.shard_number.astype(np.int64)
+        return shard << 40 | self.row_group.astype(np.int64) << 20 | self.row
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """The clips of a subset: by locator, or by id where the file has nothing else."""
+
+    num_clips: int
+    keys: NDArray[np.int64] | None
+    ids: pa.Array | None
+
+    @classmethod
+    def read(cls, corpus: Corpus, name: str, shards: tuple[str, ...]) -> "_Chosen":
+        path = corpus.subset_path(name)
+        with arrow_filesystem(corpus).open_input_file(path) as file:
+            parquet = pq.ParquetFile(file)
+            names = parquet.schema_arrow.names
+            if not set(_PLACE) <= set(names):
+                if "clip_id" not in names:
+                    raise CorpusError(
+                        f"Not a subset: {path} has neither a clip_id nor a place in the shards"
+                    )
+                ids = parquet.read(["clip_id"])["clip_id"].unique()
+                return cls(len(ids), None, ids)
+            table = parquet.read(list(_PLACE))
+        shard = table["shard"].combine_chunks().dictionary_encode()
+        number_of = {shard: number for number, shard in enumerate(shards)}
+        shard_N = np.array([number_of.get(n, -1) for n in shard.dictionary.to_pylist()], np.int64)
+        row_group_N, row_N = (table[n].to_numpy().astype(np.int64) for n in ("row_group", "row"))
+        keys = np.unique(shard_N[shard.indices.to_numpy()] << 40 | row_group_N << 20 | row_N)
+        return cls(len(keys), keys, None)
+
+    def holds(self, columns: _Columns, clip_id_N: pa.Array) -> NDArray[np.bool_]:
+        """Returns which of the clips are in the subset."""
+        if self.keys is None:
+            found = pc.call_function("is_in", [clip_id_N], pc.SetLookupOptions(self.ids))
+            return found.to_numpy(zero_copy_only=False)
+        key_N = columns.key
+        at_N = np.minimum(np.searchsorted(self.keys, key_N), len(self.keys) - 1)
+        return self.keys[at_N] == key_N if len(self.keys) else np.zeros(len(key_N), dtype=bool)
+
+
+_PLACE = ("shard", "row_group", "row")
+
+
+def _catalog_batches(corpus: Corpus, names: list[str]) -> Iterator[pa.RecordBatch]:
+    """Yields columns of the catalog, merged files as far as they are up to date."""
+    for part in corpus.catalog_parts():
+        dataset = pa_dataset.dataset(
+            list(part.files),
+            schema=corpus.catalog_schema,
+            format="parquet",
+            filesystem=arrow_filesystem(corpus),
+        )
+        stale = ~pc.field("shard").isin(sorted(part.without)) if part.without else None
+        yield from dataset.to_batches(columns=names, filter=stale)
 
 
 def split_by_video(
@@ -178,19 +263,6 @@ def _filled_captions(corpus: Corpus) -> list[str]:
     names = [f.name for f in schema if f.name.startswith("caption") and f.type == pa.string()]
     table = corpus.catalog(names)
     return [name for name in names if table[name].null_count < len(table)]
-
-
-def _subset_ids(corpus: Corpus, name: str) -> pa.Array:
-    if name not in corpus.names("subsets"):
-        known = ", ".join(corpus.names("subsets")) or "none yet"
-        raise CorpusError(
-            f"Unknown subset: {name} of {corpus.url}",
-            f"subsets: {known}; a subset is {corpus.url}/subsets/{name}.parquet with a column clip_id",
-        )
-    with arrow_filesystem(corpus).open_input_file(
-        corpus.path("subsets", f"{name}.parquet")
-    ) as file:
-        return pq.read_table(file, columns=["clip_id"])["clip_id"].unique()
 
 
 def _hashed(video_id_N: pa.Array) -> NDArray[np.int64]:
