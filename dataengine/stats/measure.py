@@ -163,7 +163,7 @@ def measure(data: str, settings: StatsSettings | None = None) -> Statistics:
         words = words_of.count_words(side.db, "caption")
         words_of.mark(side.db)
         funnel = _funnel(side.db)
-        small = funnel.kept_clips <= settings.num_texts
+        small = max(funnel.kept_clips, side.num_clips) <= settings.num_texts
         return Statistics(
             data=data,
             where=settings.where,
@@ -200,7 +200,7 @@ def opened(data: str, settings: StatsSettings) -> Iterator[Side]:
         ).fetchone()
         assert row is not None
         exact = row[0] <= settings.exact_clips
-        measured = numbers_of.measured_columns(corpus.catalog_schema)
+        measured = numbers_of.measured_columns(corpus.catalog_schema, corpus.added_columns)
         summaries = numbers_of.survey(db, measured, exact=exact)
         per_video = db.execute(
             "select num, count(*) from (select count(*) as num from chosen group by video_id) "

@@ -216,15 +216,23 @@ def choose(db: duckdb.DuckDBPyConnection, where: str = "") -> tuple[Percentile, 
     return resolved.percentiles
 
 
-def measured_columns(schema: pa.Schema) -> list[Measured]:
-    """Returns the numbers of a catalog: the duration and every column of numbers, added ones too."""
+def measured_columns(schema: pa.Schema, added: Mapping[str, str]) -> list[Measured]:
+    """Returns the numbers of a catalog: the duration and every column of numbers.
+
+    Args:
+        schema: Of the catalog.
+        added: Column that annotation added -> the column that it is like.
+    """
     found = [Measured("duration_s", "duration_ms / 1000.0", *_LABELS["duration_s"])]
     for field in schema:
         whole = pa.types.is_integer(field.type)
         if field.name in _NOT_MEASURED | {"duration_ms"}:
             continue
         if whole or pa.types.is_floating(field.type):
-            label, unit = _LABELS.get(field.name, (field.name, "as written"))
+            like = added.get(field.name, field.name)
+            label, unit = _LABELS.get(like, (field.name, "as written"))
+            if like != field.name and like in _LABELS:
+                label = f"{label} ({field.name})"
             found.append(Measured(field.name, identifier(field.name), label, unit, whole))
     return found
 

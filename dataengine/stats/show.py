@@ -68,12 +68,12 @@ def show(statistics: Statistics) -> None:
     )
     show_funnel(statistics.funnel, out)
     if statistics.costs:
-        table = _table("stage, all runs", "rows in", "busy h", "CPU h", "GPU h")
+        table = _table("stage, all runs", "rows in", "busy", "CPU", "GPU")
         for cost in statistics.costs:
             table.add_row(
                 escape(cost.stage),
                 whole(cost.num_in),
-                *map(value, (cost.busy_hours, cost.cpu_hours, cost.gpu_hours)),
+                *map(clock, (cost.busy_hours, cost.cpu_hours, cost.gpu_hours)),
             )
         out.print(table)
     for alarm in statistics.captions.alarms if statistics.captions else ():
