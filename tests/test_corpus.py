@@ -2,14 +2,19 @@
 import json
 import os
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from typer.testing import CliRunner
 
 from dataengine import records
+from dataengine.cli import app
+from dataengine.compact import compact
 from dataengine.corpus import Corpus, SupersededError, row_groups
 from dataengine.errors import CorpusError
 from dataengine.query.sql import connect
 from dataengine.query.verify import verify
+from dataengine.remove import remove
 from tests.helpers import MP4, clip_row, clips_table, ledger_row, small_corpus
 
 
@@ -172,8 +177,6 @@ def _break_twin(corpus, change):
     path = corpus.path("catalog", f"{name}.parquet")
     rows = pq.read_table(path).to_pylist()
     change(rows)
-    import pyarrow as pa
-
     pq.write_table(pa.Table.from_pylist(rows, schema=records.CATALOG_SCHEMA), path)
 
 
@@ -195,6 +198,130 @@ def test_verify_finds_what_is_wrong(tmp_path, change, said):
     corpus = small_corpus(tmp_path / "c", num_videos=2)
     _break_twin(corpus, change)
     assert said in "\n".join(verify(corpus).problems)
+
+
+FRAME = b"\xff\xd8\xff" + b"j" * 100
+HASH = {"column": "caption", "model": "m", "input_hash": records.digest(FRAME)}
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ({"frames": []}, "0 frames with 2 times"),
+        ({"frames": None, "frame_ms": None}, "0 frames with 0 times"),
+        ({"frame_ms": [0]}, "2 frames with 1 times"),
+        ({"frame_ms": [300, 300]}, "not in order"),
+        ({"frame_ms": [300, 200]}, "not in order"),
+        ({"frame_ms": [0, 1000]}, "outside the span"),
+        ({"frame_ms": [-1, 500]}, "outside the span"),
+        ({"frame_ms": [0, None]}, "has no time"),
+        ({"frames": [FRAME, b"PNG"]}, "not a JPEG"),
+        ({"video": {"bytes": b"RIFF" * 5, "path": None}}, "not an MP4"),
+        ({"video": {"bytes": None, "path": None}}, "not an MP4"),
+        ({"provenance": [HASH]}, "caption was written about other frames"),
+    ],
+)
+def test_verify_finds_media_that_is_not_what_it_should_be(tmp_path, columns, said):
+    corpus = Corpus.create(str(tmp_path / "c"))
+    corpus.take_over("r-1")
+    rows = [clip_row("a", 1000 * i, 1000 * i + 1000) for i in range(5)]
+    rows[3] |= columns
+    if columns.get("frame_ms"):
+        rows[3]["frame_ms"] = [None if ms is None else 3000 + ms for ms in columns["frame_ms"]]
+    rows[1] |= {"video": None}  # a pipeline may store frames only
+    rows[2] |= {"frames": [FRAME], "frame_ms": [2000], "provenance": [HASH]}
+    corpus.commit(
+        clips_table(rows), [ledger_row("a", rows)], run_id="r-1", fingerprint="f",
+        row_group_bytes=2500,
+    )  # fmt: skip
+    (problem,) = verify(corpus).problems
+    assert said in problem
+    assert "clip a_3000_4000" in problem
+
+
+def test_verify_sees_past_rows_that_were_removed(tmp_path):
+    corpus = Corpus.create(str(tmp_path / "c"))
+    corpus.take_over("r-1")
+    rows = [clip_row(v, 0, 1000, caption=f"of {v}") for v in "abc"]
+    ledger = [ledger_row(v, [row]) for v, row in zip("abc", rows, strict=True)]
+    corpus.commit(clips_table(rows), ledger, run_id="r-1", fingerprint="f", row_group_bytes=1)
+    remove(corpus, ["b"])
+    assert verify(corpus).problems == []
+    (shard,) = corpus.names("shards")
+    with corpus.open_shard(shard) as file:
+        table = file.read()
+    left = table["caption"].to_pylist()
+    left[1] = "still here"
+    table = table.set_column(table.column_names.index("caption"), "caption", pa.array(left))
+    pq.write_table(
+        table, corpus.path("shards", f"{shard}.parquet"), row_group_size=1, use_dictionary=False,
+        compression="none",
+    )  # fmt: skip
+    assert verify(corpus).problems == [
+        f"shard {shard}: row group 1, row 0: no clip_id, but not empty"
+    ]
+
+
+def test_verify_in_processes_and_of_a_sample(tmp_path, monkeypatch):
+    corpus = small_corpus(tmp_path / "c", num_videos=12)
+    monkeypatch.setattr("dataengine.query.verify._TASK_SHARDS", 3)
+    for name in corpus.names("catalog")[:6]:
+        path = corpus.path("catalog", f"{name}.parquet")
+        rows = pq.read_table(path).to_pylist()
+        rows[1]["caption"] = "other"
+        pq.write_table(pa.Table.from_pylist(rows, schema=records.CATALOG_SCHEMA), path)
+    told = []
+    here = verify(corpus, jobs=1, progress=lambda done, total: told.append((done, total)))
+    assert told == [(at + 1, 12) for at in range(12)]
+    assert len(here.problems) == 6
+    assert verify(corpus, jobs=2) == here
+    part = verify(corpus, sample=4, seed=1, jobs=1)
+    assert (part.num_shards, part.num_clips, part.checked_shards, part.checked_clips) == (
+        12,
+        24,
+        4,
+        8,
+    )
+    assert set(part.problems) < set(here.problems)
+    assert part == verify(corpus, sample=4, seed=1, jobs=1)
+    found = {
+        problem
+        for seed in range(12)
+        for problem in verify(corpus, sample=4, seed=seed, jobs=1).problems
+    }
+    assert found == set(here.problems), "every shard's turn comes"
+    result = CliRunner().invoke(app, ["verify", corpus.url, "--sample", "3", "--jobs", "1"])
+    assert "Looked into 3 of 12 shards (25 %, 6 clips)" in result.stderr
+
+
+def test_verify_compares_merged_files_with_what_they_stand_for(tmp_path):
+    corpus = small_corpus(tmp_path / "c", num_videos=4)
+    compact(corpus)
+    rows = [clip_row("late", 0, 700)]
+    corpus.commit(clips_table(rows), [ledger_row("late", rows)], run_id="r-1", fingerprint="f")
+    assert verify(corpus).problems == []
+    ((merged,), _) = (part.files for part in corpus.catalog_parts())
+    table = pq.read_table(merged)
+    shards = table["shard"].to_pylist()
+
+    def replaced(name, at, value):
+        values = table[name].to_pylist()
+        values[at] = value
+        field = table.schema.field(name)
+        return table.set_column(table.column_names.index(name), field, pa.array(values, field.type))
+
+    pq.write_table(replaced("caption", 3, "other"), merged)
+    assert verify(corpus).problems == [
+        f"shard {shards[3]}: the merged catalog differs from its catalog file"
+    ]
+    pq.write_table(table.slice(1), merged)
+    problems = verify(corpus).problems
+    assert (
+        f"shard {shards[0]}: the merged catalog differs from its catalog file: 1 clips instead of 2"
+        in problems
+    )
+    pq.write_table(table.slice(2), merged)
+    assert any("0 clips instead of 2" in problem for problem in verify(corpus).problems)
 
 
 def test_verify_finds_a_missing_shard_and_a_video_in_two_shards(tmp_path):

@@ -18,6 +18,7 @@ from itertools import pairwise
 from multiprocessing import get_context
 from typing import Any
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -33,6 +34,9 @@ _MOST_PROBLEMS = 50
 
 _TASK_SHARDS = 8
 """Shards that a process checks before it reports."""
+
+_FEW_SHARDS = 64
+"""As many are checked without processes."""
 
 _FOOTER_THREADS = 16
 """Files whose footers are read at once: mostly waiting for a store."""
@@ -96,9 +100,8 @@ def verify(
     if damaged:  # no question can be asked of the whole
         problems += damaged
     else:
-        problems += [*_catalog(corpus), *_ledger(corpus), *_merged(corpus, chosen)]
-        num_clips = _count(corpus, "clips")
-        num_videos = _count(corpus, "videos")
+        num_clips, num_videos, found = _whole(corpus, chosen)
+        problems += found
     checked_clips = 0
     for done, (count, found) in enumerate(_each_shard(corpus, chosen, decode, jobs), 1):
         checked_clips += count
@@ -121,8 +124,9 @@ def _each_shard(
     """Yields each shard's number of clips and its problems, in order."""
     added = sorted(corpus.added_columns)
     tasks = [shards[at : at + _TASK_SHARDS] for at in range(0, len(shards), _TASK_SHARDS)]
-    # A process takes a second to start.
-    jobs = min(jobs or os.cpu_count() or 1, len(tasks))
+    if jobs is None:  # a process takes seconds to start
+        jobs = (os.cpu_count() or 1) if len(shards) > _FEW_SHARDS else 1
+    jobs = min(jobs, len(tasks))
     if jobs <= 1:
         for task in tasks:
             yield from _check_shards(corpus, task, added, decode)
@@ -155,8 +159,8 @@ def _check_shards(
         try:
             with corpus.open_shard(shard) as file:
                 path = corpus.path("catalog", f"{shard}.parquet")
-                with corpus.fs.open(path, "rb") as opened:
-                    catalog = pq.read_table(opened)
+                with corpus.fs.open(path, "rb") as opened, pq.ParquetFile(opened) as twin:
+                    catalog = twin.read()
                 found = [
                     *_shard_format(file, added),
                     *_shard_rows(shard, file, catalog, corpus.shard_columns, decode),
@@ -168,12 +172,6 @@ def _check_shards(
             (num_clips, [f"shard {shard}: {problem}" for problem in found[:_MOST_PROBLEMS]])
         )
     return results
-
-
-def _count(corpus: Corpus, view: str) -> int:
-    with connect(corpus) as db:
-        row = db.execute(f"select count(*) from {view}").fetchone()
-    return row[0] if row else 0
 
 
 def _files(corpus: Corpus) -> Iterator[str]:
@@ -203,7 +201,7 @@ def _damaged(corpus: Corpus) -> Iterator[str]:
         yield from filter(None, pool.map(problem, paths))
 
 
-def _merged(corpus: Corpus, shards: Sequence[str]) -> Iterator[str]:
+def _merged(db: duckdb.DuckDBPyConnection, corpus: Corpus, shards: Sequence[str]) -> Iterator[str]:
     """Merged catalog files say what the catalog files say that they stand for, in as many rows."""
     parts = corpus.catalog_parts()
     # What no merged file stands for is read from the catalog files themselves.
@@ -214,101 +212,137 @@ def _merged(corpus: Corpus, shards: Sequence[str]) -> Iterator[str]:
         return
     twins = CatalogPart(tuple(corpus.path("catalog", f"{name}.parquet") for name in names))
     columns = ", ".join(map(identifier, corpus.catalog_schema.names))
-    with connect(corpus) as db:
-        types = schema_types(db, corpus.catalog_schema)
-        db.register("looked_at", pa.table({"shard": names}))
-        for name, sources in (("merged", merged), ("twins", [twins])):
-            db.execute(
-                f"create temp table {name} as select shard, count(*) as n, "
-                # One sum for all rows of a shard, whatever their order.
-                f"sum(hash({columns})::hugeint) as total from ({catalog_select(corpus, sources, types)}) "
-                "semi join looked_at using (shard) group by shard"
-            )
-        found = db.execute(
-            "select shard, coalesce(merged.n, 0), coalesce(twins.n, 0) "
-            "from merged full join twins using (shard) where merged.n is distinct from twins.n "
-            f"or merged.total is distinct from twins.total order by shard limit {_MOST_PROBLEMS}"
-        ).fetchall()
+    types = schema_types(db, corpus.catalog_schema)
+    db.register("looked_at", pa.table({"shard": names}))
+    for name, sources in (("merged", merged), ("twins", [twins])):
+        db.execute(
+            f"create temp table {name} as select shard, count(*) as n, "
+            # One sum for all rows of a shard, whatever their order.
+            f"sum(hash({columns})::hugeint) as total from ({catalog_select(corpus, sources, types)}) "
+            "semi join looked_at using (shard) group by shard"
+        )
+    found = db.execute(
+        "select shard, coalesce(merged.n, 0), coalesce(twins.n, 0) "
+        "from merged full join twins using (shard) where merged.n is distinct from twins.n "
+        f"or merged.total is distinct from twins.total order by shard limit {_MOST_PROBLEMS}"
+    ).fetchall()
     for shard, num_merged, num_twin in found:
         counts = f": {num_merged} clips instead of {num_twin}" if num_merged != num_twin else ""
         yield f"shard {shard}: the merged catalog differs from its catalog file{counts}"
 
 
-def _catalog(corpus: Corpus) -> Iterator[str]:
+def _whole(corpus: Corpus, shards: Sequence[str]) -> tuple[int, int, list[str]]:
+    """Asks what concerns all shards at once; the catalog is read four times, the ledger once.
+
+    Returns:
+        Number of clips, number of sources, and what is wrong.
+    """
+    with connect(corpus) as db:
+        db.execute(
+            "create temp table per_video as select video_id, count(*) as n, "
+            "sum(duration_ms)::bigint as ms, min(shard) as shard, max(shard) as last_shard "
+            "from clips group by video_id"
+        )
+        db.execute(
+            "create temp table ledger as select source, status, reason, video_id, num_clips, "
+            "clips_ms, shard from videos"
+        )
+        counts = db.execute(
+            "select (select coalesce(sum(n), 0)::bigint from per_video), count(*) from ledger"
+        ).fetchone()
+        assert counts is not None  # an aggregate always gives one row
+        problems = [*_catalog(db), *_ledger(db), *_merged(db, corpus, shards)]
+    return (*counts, problems)
+
+
+def _catalog(db: duckdb.DuckDBPyConnection) -> Iterator[str]:
     """Ids are unique and made as documented; a video lies in one shard; spans are sane."""
+    # Published spans may overlap; ours partition the video.
+    given = (
+        "list_contains([p.column || ' ' || p.model for p in provenance], "
+        f"'start_ms {records.GIVEN}')"
+    )
     checks = {
-        "clip_id {0} is there {1} times": (
-            "select clip_id, count(*) from clips group by clip_id having count(*) > 1"
-        ),
-        "video {0} lies in {1} shards": (
-            "select video_id, count(distinct shard) from clips "
-            "group by video_id having count(distinct shard) > 1"
-        ),
-        "clip_id {0} does not match its video and span": (
-            "select clip_id from clips "
-            "where clip_id is distinct from video_id || '_' || start_ms || '_' || end_ms"
-        ),
-        "clip {0}: span [{1}, {2}) with duration_ms {3}": (
-            "select clip_id, start_ms, end_ms, duration_ms from clips "
-            "where not coalesce(start_ms >= 0 and end_ms > start_ms "
-            "and duration_ms = end_ms - start_ms, false)"
-        ),
-        "clip {0} overlaps {1}": (
-            "select clip_id, next_id from (select clip_id, end_ms, "
-            "lead(clip_id) over spans as next_id, lead(start_ms) over spans as next_ms from clips "
-            # Published spans may overlap; ours partition the video.
-            "where not list_contains([p.column || ' ' || p.model for p in provenance], "
-            f"'start_ms {records.GIVEN}') "
-            "window spans as (partition by video_id order by start_ms)) where next_ms < end_ms"
-        ),
-        "clip {0}: {1} score {2} outside [-1, 1]": (
-            "select clip_id, 'clip', clip_score from clips where abs(clip_score) > 1.001"
-        ),
+        "wrong_id": "clip_id is distinct from video_id || '_' || start_ms || '_' || end_ms",
+        "wrong_span": "not coalesce(start_ms >= 0 and end_ms > start_ms "
+        "and duration_ms = end_ms - start_ms, false)",
+        "wrong_score": "coalesce(abs(clip_score) > 1.001, false)",
+        "crosses": "coalesce(not given and next_ms < end_ms, false)",
     }
-    yield from _rows(corpus, checks)
+    db.execute(
+        "create temp table odd as select * from (select clip_id, start_ms, end_ms, duration_ms, "
+        f"clip_score, next_id, {', '.join(f'{sql} as {name}' for name, sql in checks.items())} from ("
+        "select *, lead(clip_id) over spans as next_id, lead(start_ms) over spans as next_ms from ("
+        f"select clip_id, video_id, start_ms, end_ms, duration_ms, clip_score, {given} as given "
+        # What is given must not stand between two that are ours.
+        "from clips) window spans as (partition by video_id, given order by start_ms))) "
+        f"where {' or '.join(checks)}"
+    )
+    yield from _rows(
+        db,
+        {
+            "clip_id {0} is there {1} times": (
+                "select clip_id, count(*) from clips group by clip_id having count(*) > 1"
+            ),
+            "video {0} lies in {1} shards": (
+                "select video_id, count(distinct shard) from clips semi join "
+                "(select video_id from per_video where shard <> last_shard) using (video_id) "
+                "group by video_id"
+            ),
+            "clip_id {0} does not match its video and span": (
+                "select clip_id from odd where wrong_id"
+            ),
+            "clip {0}: span [{1}, {2}) with duration_ms {3}": (
+                "select clip_id, start_ms, end_ms, duration_ms from odd where wrong_span"
+            ),
+            "clip {0} overlaps {1}": "select clip_id, next_id from odd where crosses",
+            "clip {0}: {1} score {2} outside [-1, 1]": (
+                "select clip_id, 'clip', clip_score from odd where wrong_score"
+            ),
+        },
+    )
 
 
-def _ledger(corpus: Corpus) -> Iterator[str]:
+def _ledger(db: duckdb.DuckDBPyConnection) -> Iterator[str]:
     """Every source has one ending, and the ledger's counts are the catalog's."""
-    counts = "select video_id, count(*) as n, sum(duration_ms) as ms, any_value(shard) as shard from clips group by video_id"
     checks = {
         "source {0} has the unknown status {1}": (
-            "select source, status from videos where status not in ('kept', 'dropped', 'failed', 'removed')"
+            "select source, status from ledger "
+            "where status not in ('kept', 'dropped', 'failed', 'removed')"
         ),
         "source {0} is {1} without a reason": (
-            "select source, status from videos where status <> 'kept' and reason is null"
+            "select source, status from ledger where status <> 'kept' and reason is null"
         ),
         "source {0}: the ledger has {1} clips, the catalog {2}": (
-            f"select source, num_clips, coalesce(n, 0) from videos left join ({counts}) "
+            "select source, num_clips, coalesce(n, 0) from ledger left join per_video "
             "using (video_id) where status = 'kept' and (num_clips <> coalesce(n, 0) "
             "or num_clips = 0)"
         ),
         "source {0}: the ledger has {1} ms of clips, the catalog {2}": (
-            f"select source, clips_ms, ms from videos join ({counts}) using (video_id) "
+            "select source, clips_ms, ms from ledger join per_video using (video_id) "
             "where status = 'kept' and clips_ms <> ms"
         ),
         "source {0}: the ledger says shard {1}, the catalog {2}": (
-            f"select source, videos.shard, counts.shard from videos join ({counts}) as counts "
-            "using (video_id) where status = 'kept' and videos.shard <> counts.shard"
+            "select source, ledger.shard, per_video.shard from ledger join per_video "
+            "using (video_id) where status = 'kept' and ledger.shard <> per_video.shard"
         ),
         "video {0} is in the catalog but not kept in the ledger": (
-            "select distinct video_id from clips "
-            "where video_id not in (select video_id from videos where status = 'kept')"
+            "select video_id from per_video "
+            "anti join (select video_id from ledger where status = 'kept') using (video_id)"
         ),
         "video {0} is kept for {1} sources": (
-            "select video_id, count(*) from videos where status = 'kept' "
+            "select video_id, count(*) from ledger where status = 'kept' "
             "group by video_id having count(*) > 1"
         ),
     }
-    yield from _rows(corpus, checks)
+    yield from _rows(db, checks)
 
 
-def _rows(corpus: Corpus, checks: dict[str, str]) -> Iterator[str]:
+def _rows(db: duckdb.DuckDBPyConnection, checks: dict[str, str]) -> Iterator[str]:
     """Yields a problem for each row that a check finds."""
-    with connect(corpus) as db:
-        for message, sql in checks.items():
-            for row in db.execute(f"{sql} limit {_MOST_PROBLEMS}").fetchall():
-                yield message.format(*row)
+    for message, sql in checks.items():
+        for row in db.execute(f"{sql} order by all limit {_MOST_PROBLEMS}").fetchall():
+            yield message.format(*row)
 
 
 def _shard_format(file: pq.ParquetFile, added: Collection[str]) -> Iterator[str]:
