@@ -75,6 +75,9 @@ class Order:
 Locator = tuple[str, int, int]
 """Shard, row group, row."""
 
+_Place = tuple[str | None, str, int, int]
+"""What a page starts behind: value that the order goes by, video, start, end."""
+
 
 class Catalog:
     """Answers questions about a corpus' clips from several threads at once.
@@ -211,24 +214,24 @@ class Catalog:
         """
         resolved = self.resolved(connection, wanted)
         kind = self._order_type(connection, order)
-        conditions = [f"({resolved.condition}\n)"] if resolved.condition else []
-        if after:
-            conditions.append(_behind(order, kind, _decoded(after)))
-        direction = "desc" if order.descending else "asc"
-        ordered = [f"{sql.identifier(order.column)} {direction} nulls last"] if order.column else []
-        ordered += [f"{name} {direction if not order.column else 'asc'}" for name in _KEY]
-        value = f"{sql.identifier(order.column)}::varchar" if order.column else "null"
+        passing = [f"({resolved.condition}\n)"] if resolved.condition else []
+        key = _decoded(after) if after else None
+        behind = [_behind(order, kind, key)] if key else []
+        bounds = self._bounds(connection, passing, order, kind, key, limit + 1)
+        column = f"{sql.identifier(order.column)} as _value" if order.column else "null as _value"
+        # Turned into text outside, or it would be done for every clip.
         statement = (
-            f"select video_id, start_ms, end_ms, shard, row_group, row, {value} as _key from clips"
-            + (f" where {' and '.join(conditions)}" if conditions else "")
-            + f" order by {', '.join(ordered)} limit {int(limit) + 1}"
+            "select * replace (_value::varchar as _value) from ("
+            f"select video_id, start_ms, end_ms, shard, row_group, row, {column} from clips"
+            f"{_where([*passing, *bounds, *behind])} order by {_order_by(order)} "
+            f"limit {int(limit) + 1})"
         )
         _, batches = sql.run(connection.db, statement)
         rows = [row for batch in batches for row in batch.to_pylist()]
         more, rows = len(rows) > limit, rows[:limit]
         clips = self._shown(connection, rows, order)
         last = rows[-1] if rows else None
-        following = [last["_key"], *(last[name] for name in _KEY)] if last and more else None
+        following = [last["_value"], *(last[name] for name in _KEY)] if last and more else None
         return {
             "clips": clips,
             "next": _encoded(following) if following else None,
@@ -257,11 +260,7 @@ class Catalog:
         statement = "select * from clips"
         if resolved.condition:
             statement += f" where {resolved.condition}\n"
-        if order.column:
-            direction = "desc" if order.descending else "asc"
-            statement += f" order by {sql.identifier(order.column)} {direction} nulls last, "
-            statement += ", ".join(_KEY)
-        return statement
+        return f"{statement} order by {_order_by(order)}" if order.column else statement
 
     def known_locator(self, clip_id: str) -> Locator | None:
         """Returns where a clip's media lay when a page showed it; None if none did."""
@@ -325,6 +324,37 @@ class Catalog:
                 f"columns: {', '.join(connection.orders)}",
             )
         return connection.types.get(order.column, "")
+
+    def _bounds(
+        self,
+        connection: "Connection",
+        passing: list[str],
+        order: Order,
+        kind: str,
+        key: _Place | None,
+        limit: int,
+    ) -> list[str]:
+        """Returns conditions that the next clips in order fulfil and few others; none if there are none.
+
+        Finding them reads one column. Without them the keys of every clip would be read, most of them
+        for nothing.
+        """
+        if not order.column or (key and key[0] is None):
+            return []
+        column = sql.identifier(order.column)
+        ahead, back = ("<", ">") if order.descending else (">", "<")
+        beyond, up_to = f"{column} is not null", []
+        if key and key[0] is not None:
+            start = f"cast({sql.quoted(key[0])} as {kind})"
+            beyond, up_to = f"{column} {ahead} {start}", [f"{column} {ahead}= {start}"]
+        found = connection.db.execute(
+            f"select _value::varchar from (select {column} as _value from clips"
+            f"{_where([*passing, beyond])} order by _value {'desc' if order.descending else 'asc'} "
+            f"limit {int(limit)})"
+        ).fetchall()
+        if len(found) < limit:
+            return []
+        return [*up_to, f"{column} {back}= cast({sql.quoted(found[-1][0])} as {kind})"]
 
     def _shown(
         self, connection: "Connection", rows: list[dict[str, Any]], order: Order
@@ -440,6 +470,17 @@ def plain(value: Any) -> Any:
     return str(value)
 
 
+def _where(conditions: list[str]) -> str:
+    return f" where {' and '.join(conditions)}" if conditions else ""
+
+
+def _order_by(order: Order) -> str:
+    direction = "desc" if order.descending else "asc"
+    if not order.column:
+        return ", ".join(f"{name} {direction}" for name in _KEY)
+    return f"{sql.identifier(order.column)} {direction} nulls last, {', '.join(_KEY)}"
+
+
 def _rows(connection: Connection, statement: str) -> list[dict[str, Any]]:
     _, batches = sql.run(connection.db, statement)
     return [row for batch in batches for row in batch.to_pylist()]
@@ -461,8 +502,7 @@ def _encoded(key: list[Any]) -> str:
     return base64.urlsafe_b64encode(json.dumps(key).encode()).decode()
 
 
-def _decoded(after: str) -> tuple[str | None, str, int, int]:
-    """Returns the key that a page starts behind: order value, video, start, end."""
+def _decoded(after: str) -> _Place:
     try:
         match json.loads(base64.urlsafe_b64decode(after)):
             case [None | str() as value, str() as video_id, int() as start_ms, int() as end_ms]:
@@ -472,7 +512,7 @@ def _decoded(after: str) -> tuple[str | None, str, int, int]:
     raise ConfigError("This page cannot be found again", "start with the first page")
 
 
-def _behind(order: Order, kind: str, key: tuple[str | None, str, int, int]) -> str:
+def _behind(order: Order, kind: str, key: _Place) -> str:
     """Returns SQL that is true of the clips that come behind one."""
     value, video_id, start_ms, end_ms = key
     video = sql.quoted(video_id)
