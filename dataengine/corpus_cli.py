@@ -477,6 +477,7 @@ def stats(
     """What a corpus is made of: durations, scores, languages, words, verbs, people, costs."""
     from dataengine.stats.measure import StatsSettings, measure
 
+    _check_page(html)
     settings = StatsSettings(
         where=where, num_texts=num_texts, alarms=alarms, seed=seed, memory=memory
     )
@@ -510,6 +511,7 @@ def compare(
     from dataengine.stats.compare import compare as run_compare
     from dataengine.stats.measure import StatsSettings
 
+    _check_page(html)
     settings = StatsSettings(where=where, num_texts=num_texts, seed=seed, memory=memory)
     found = run_compare(first, second, settings)
     if html:
@@ -522,6 +524,12 @@ def compare(
         from dataengine.stats.show import show_comparison
 
         show_comparison(found)
+
+
+def _check_page(path: Path | None) -> None:
+    """Raises EngineError, before a long count, if a page cannot be written there."""
+    if path and (path.is_dir() or not path.parent.is_dir()):
+        raise EngineError(f"Not a place for a page: {path}", "name a file in a folder that exists")
 
 
 def _write_page(path: Path, page: str) -> None:

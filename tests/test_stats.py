@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from dataengine.corpus import Corpus
 from dataengine.corpus_cli import corpus_app
-from dataengine.errors import ConfigError, CorpusError
+from dataengine.errors import ConfigError, CorpusError, EngineError
 from dataengine.query import subsets
 from dataengine.stats import compare as compare_of
 from dataengine.stats import numbers as numbers_of
@@ -59,6 +59,7 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> str:
         {
             "ms": int(ms),
             "clip_score": float(np.float32(score)),
+            "aesthetic_score": None if language is None else float(np.float32(10 * score)),
             "language": language,
             "transcript": "hola el mundo" if language == "es" else None,
             "width": width,
@@ -86,14 +87,15 @@ def catalog(data: str, *columns: str) -> pa.Table:
 
 def test_numbers_are_numpys(known: str) -> None:
     found = measure(known)
-    table = catalog(known, "duration_ms", "clip_score")
+    table = catalog(known, "duration_ms", "clip_score", "aesthetic_score")
     for name, values in (
         ("duration_s", table["duration_ms"].to_numpy() / 1000),
         ("clip_score", table["clip_score"].to_numpy().astype(float)),
+        ("aesthetic_score", table["aesthetic_score"].drop_null().to_numpy().astype(float)),
     ):
         told = number(found, name)
-        assert told.num == 12
-        assert told.num_missing == 0
+        assert told.num == len(values)
+        assert told.num_missing == 12 - len(values)
         assert told.minimum == values.min()
         assert told.maximum == values.max()
         assert told.mean == pytest.approx(values.mean(), rel=1e-6)
@@ -103,7 +105,8 @@ def test_numbers_are_numpys(known: str) -> None:
             assert told.above[f"p{percent}"] == (values > at).sum()
         counts, _ = np.histogram(values, told.edges)
         assert told.counts == tuple(counts)
-        assert sum(told.counts) + told.num_below + told.num_above == 12
+        assert told.num_below == (values < told.edges[0]).sum()
+        assert sum(told.counts) + told.num_below + told.num_above == len(values)
     assert found.hours == pytest.approx(table["duration_ms"].to_numpy().sum() / 3.6e6)
 
 
@@ -395,5 +398,7 @@ def test_the_commands(known: str, tmp_path: Path) -> None:
     assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
     told = run(corpus_app, ["compare", known, known, "--json", "--html", str(page)])
     assert json.loads(told.stdout)["overlap"]["clip_jaccard"] == 1
+    nowhere = run(corpus_app, ["stats", known, "--html", str(tmp_path / "no" / "page.html")])
+    assert isinstance(nowhere.exception, EngineError)
     shown = run(corpus_app, ["compare", known, known])
     assert shown.exit_code == 0, shown.output

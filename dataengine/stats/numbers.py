@@ -308,7 +308,7 @@ def bins_of(*summaries: Summary, whole: bool = False) -> Bins | None:
     most = max(s.maximum for s in filled if s.maximum is not None)
     low = min(_reach(s, _TAILS[0], 10, least) for s in filled)
     high = max(_reach(s, _TAILS[1], 90, most) for s in filled)
-    if most - least <= 3 * (high - low) or high == low:
+    if most - least <= 2 * (high - low) or high == low:
         low, high = least, most
     spread = high - low
     width = _round_up(spread / _MOST_BINS) if spread else (_round_up(abs(low) / 20) or 1.0)
@@ -318,6 +318,9 @@ def bins_of(*summaries: Summary, whole: bool = False) -> Bins | None:
     num = max(1, math.ceil(high / width - 1e-9) - first)
     if whole and high >= (first + num) * width:
         num += 1  # an integer on the last edge gets its own bin
+    if num == 1:  # a lone bar stands in the middle
+        around = min(2, first) if first >= 0 else 2
+        first, num = first - around, around + 3
     return Bins(first, width, num)
 
 

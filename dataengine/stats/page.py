@@ -413,4 +413,5 @@ def percent(share: float | None) -> str:
     if share is None:
         return "-"
     number = 100 * share
-    return "0 %" if not number else f"{number:.3g} %" if number >= 0.01 else "< 0.01 %"
+    said = "0" if not number else f"{number:.3g}" if number >= 0.01 else "< 0.01"
+    return f"{said}\u00a0%"
