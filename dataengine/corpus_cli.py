@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Commands on a finished corpus: query, subset, compact, export, import, verify."""
+"""Commands on a finished corpus: query, subset, compact, export, import, verify, stats, compare."""
 
 import json
 import sys
