@@ -149,7 +149,7 @@ def test_a_prompt_that_does_not_fit_is_reported_with_the_pipelines_other_problem
     with pytest.raises(ConfigError) as error:
         parse_pipeline(text, "p.yaml", overrides)
     for said in (
-        "stages.fuse.model.llm.prompt",
+        "stages.fuse.model.prompt",
         "ask_av: variable {sources} is not used",
         "ask_av: unknown variable {place}",
         "retry: text is missing",

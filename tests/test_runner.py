@@ -102,10 +102,8 @@ def test_every_source_and_every_clip_is_accounted_for(two_core_ray, tmp_path):
     assert (killed["status"], killed["attempts"]) == ("failed", 2)
     assert [p for p in verify(corpus).problems if "MP4" not in p and "JPEG" not in p] == []
 
-    start = time.monotonic()
     again = run_fake(make_sources(sources, ["kill_3"]), tmp_path / "c", fake_pipeline())
     assert again.run_id is None or corpus.videos().num_rows == 14
-    assert time.monotonic() - start < 30
 
 
 def test_a_finished_run_does_nothing_again(two_core_ray, tmp_path):
