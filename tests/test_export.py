@@ -104,6 +104,11 @@ def write(corpus: Corpus, format_name: str, out, replace: bool = False, **option
     return export(settings, str(out), replace=replace)
 
 
+def samples_of(*tars, decode: bool = False) -> list[dict[str, Any]]:
+    opened: Any = WebDataset([str(tar) for tar in tars], shardshuffle=False)
+    return list(opened.decode() if decode else opened)
+
+
 def tree(folder) -> dict[str, tuple[int, bytes]]:
     """Name -> (inode, content) of an export's own files."""
     return {
@@ -211,9 +216,7 @@ def test_webdataset_is_read_by_its_library(tmp_path):
     corpus = rich_corpus(tmp_path / "c")
     write(corpus, "webdataset", tmp_path / "o", max_bytes=1 << 16)
     tars = sorted(str(path) for path in (tmp_path / "o").glob("*.tar"))
-    samples = {
-        sample["__key__"]: sample for sample in WebDataset(tars, shardshuffle=False).decode()
-    }
+    samples = {sample["__key__"]: sample for sample in samples_of(*tars, decode=True)}
     clips = {clip["clip_id"]: clip for clip in all_clips(corpus)}
     assert samples.keys() == clips.keys()
     for key, sample in samples.items():
@@ -275,7 +278,7 @@ def test_keys_hold_no_dots(tmp_path):
     corpus.take_over("r-1")
     commit(corpus, ("a.b/c%", [clip_row("a.b/c%", 0, 1000)]))
     write(corpus, "webdataset", tmp_path / "o")
-    (sample,) = WebDataset(str(tmp_path / "o" / "000000.tar"), shardshuffle=False)
+    (sample,) = samples_of(tmp_path / "o" / "000000.tar")
     assert sample["__key__"] == "a%2Eb%2Fc%25_0_1000"
     assert json.loads(sample["json"])["clip_id"] == "a.b/c%_0_1000"
 
@@ -304,7 +307,7 @@ def test_a_clip_that_cannot_be_encoded_is_named(tmp_path, clip_mp4):
     index = pq.read_table(tmp_path / "o" / "index" / "000000.parquet").to_pylist()
     assert [row["problem"] is None for row in index] == [True, False]
     assert "reencode_failed" in index[1]["problem"]
-    (sample,) = WebDataset(str(tmp_path / "o" / "000000.tar"), shardshuffle=False).decode()
+    (sample,) = samples_of(tmp_path / "o" / "000000.tar", decode=True)
     assert {"column": "video", "model": "ffmpeg/libx264 crf 18"}.items() <= (
         sample["json"]["provenance"][-1].items()
     )
@@ -580,7 +583,7 @@ def test_new_clips_and_new_values_come_in(tmp_path):
     assert done.counts["clips"] == 31
     commit(corpus, ("new", [clip_row("new", 0, 1000, caption="another")]))
     write(corpus, "webdataset", tmp_path / "o")
-    (sample,) = WebDataset(str(tmp_path / "o" / "000001.tar"), shardshuffle=False)
+    (sample,) = samples_of(tmp_path / "o" / "000001.tar")
     assert sample["txt"] == b"another"
 
 
@@ -611,7 +614,7 @@ def test_only_other_clips_are_swapped_in_place(tmp_path):
     assert done.counts["clips"] == 18
     names = []
     for tar in sorted((tmp_path / "o").glob("*.tar")):
-        names += [s["__key__"] for s in WebDataset(str(tar), shardshuffle=False)]
+        names += [sample["__key__"] for sample in samples_of(tar)]
     assert sorted(names) == [c["clip_id"] for c in all_clips(corpus) if c["start_ms"] > 1000]
 
 

@@ -2,6 +2,7 @@
 """Reading chosen clips with their media, a row group at a time, each row group once."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby, pairwise
 
 import pyarrow as pa
@@ -12,7 +13,7 @@ from dataengine.export.selection import PLACE_SCHEMA
 
 
 class ClipStream:
-    """Clips in the order of their places; holds one row group.
+    """Clips in the order of their places; holds two row groups: the next is read meanwhile.
 
     A clip that has left the corpus since its place was looked up is passed over.
 
@@ -33,7 +34,7 @@ class ClipStream:
             schema if columns is None else pa.schema([schema.field(name) for name in columns])
         )
         self._corpus = corpus
-        self._tables = self._read(places)
+        self._tables = _ahead(self._read(places))
         self._next: pa.Table | None = None
 
     @property
@@ -115,3 +116,15 @@ class ClipStream:
             if field.name != "clip_id":
                 own = own.append_column(field, behind[field.name])
         return own
+
+
+def _ahead(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    """Yields tables, the next of which is read in a thread while this one is worked on."""
+    pool = ThreadPoolExecutor(1, thread_name_prefix="export-read")
+    try:
+        coming = pool.submit(next, tables, None)
+        while (table := coming.result()) is not None:
+            coming = pool.submit(next, tables, None)
+            yield table
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
