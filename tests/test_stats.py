@@ -347,6 +347,33 @@ def test_two_sides(tmp_path: Path) -> None:
     render_comparison(found)
 
 
+def test_many_values_are_compared_on_a_grid(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(3)
+    paths = [
+        make(
+            tmp_path / name,
+            {
+                "v": [
+                    {"ms": int(ms), "clip_score": score}
+                    for ms, score in zip(lengths, scores, strict=True)
+                ]
+            },
+        )
+        for name, lengths, scores in (
+            ("a", rng.integers(900, 9000, 60), rng.normal(0.3, 0.1, 60)),
+            ("b", [*rng.integers(900, 9000, 49), 900_000], [None, *rng.normal(0.4, 0.1, 49)]),
+        )
+    ]
+    exact = {pair.name: pair for pair in compare(paths[0], paths[1]).numbers}
+    monkeypatch.setattr(compare_of, "EXACT_VALUES", 10)
+    gridded = {pair.name: pair for pair in compare(paths[0], paths[1]).numbers}
+    assert (exact["clip_score"].exact, gridded["clip_score"].exact) == (True, False)
+    for name, pair in exact.items():
+        assert gridded[name].distance == pytest.approx(pair.distance, abs=0.02)
+
+
 def test_kolmogorov_smirnov_by_hand() -> None:
     rng = np.random.default_rng(1)
     a, b = rng.integers(0, 30, 200), rng.integers(5, 40, 300)

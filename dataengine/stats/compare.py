@@ -26,7 +26,7 @@ from dataengine.stats.numbers import Names, Numbers
 
 EXACT_VALUES = 1_000_000
 """Kolmogorov-Smirnov distances are exact up to so many clips on a side; above, values are rounded to a
-20,000th of where nearly all of them lie."""
+20,000th of where nearly all of them lie, and those far beyond are taken for one."""
 
 NUM_WORDS = 60
 """Words that are told per side."""
@@ -36,6 +36,8 @@ PRIOR_WORDS = 1_000
 
 _MOST_WORDS = 20_000
 _GRID = 20_000
+_SETS = 6
+"""Numbers whose values are counted in one scan: their different values are held in memory."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,7 @@ def compare(a: str, b: str, settings: StatsSettings | None = None) -> Comparison
         bins = stats_of.bins_for(first, second)
         numbers_a, names_a = stats_of.distributions(first, bins)
         numbers_b, names_b = stats_of.distributions(second, bins)
-        numbers = [_numbers_pair(first, second, x, y) for x, y in _paired(numbers_a, numbers_b)]
+        numbers = _number_pairs(first, second, _paired(numbers_a, numbers_b))
         names = [
             NamesPair(
                 x.name,
@@ -280,28 +282,68 @@ def _empty(other: Numbers | None, side: Sequence[Numbers]) -> Numbers:
     )
 
 
-def _numbers_pair(first: Side, second: Side, a: Numbers, b: Numbers) -> NumbersPair:
-    if a.name == "clips_per_video":
-        distance = _distance_of_counts(first.per_video, second.per_video)
-        return NumbersPair(a.name, a, b, distance, exact=True)
-    if not (a.num and b.num):
-        return NumbersPair(a.name, a, b, None, exact=True)
-    exact = max(a.num, b.num) <= EXACT_VALUES
-    step = 0.0 if exact else (a.edges[-1] - a.edges[0]) / _GRID
-    values = [_value_counts(side, a.name, step) for side in (first, second)]
-    return NumbersPair(a.name, a, b, kolmogorov_smirnov(*values[0], *values[1]), exact)
+def _number_pairs(
+    first: Side, second: Side, pairs: Sequence[tuple[Numbers, Numbers]]
+) -> list[NumbersPair]:
+    """Returns the pairs with their distances, from one scan per side and _SETS numbers."""
+    values: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+    exact = {a.name: max(a.num, b.num) <= EXACT_VALUES for a, b in pairs}
+    counted = [(a, b) for a, b in pairs if a.num and b.num and a.name != "clips_per_video"]
+    for start in range(0, len(counted), _SETS):
+        group = counted[start : start + _SETS]
+        for side in (first, second):
+            known = {number.name: number for number in side.measured}
+            keys = [
+                _value_sql(numbers_of.finite_sql(known[a.name]), a, exact[a.name]) for a, _ in group
+            ]
+            for (a, _), found in zip(group, _value_counts(side.db, keys), strict=True):
+                values.setdefault(a.name, []).append(found)
+    done = []
+    for a, b in pairs:
+        if a.name == "clips_per_video":
+            distance = _distance_of_counts(first.per_video, second.per_video)
+            done.append(NumbersPair(a.name, a, b, distance, exact=True))
+        elif a.name in values:
+            of_a, of_b = values[a.name]
+            distance = kolmogorov_smirnov(*of_a, *of_b)
+            done.append(NumbersPair(a.name, a, b, distance, exact[a.name]))
+        else:
+            done.append(NumbersPair(a.name, a, b, None, exact=True))
+    return done
 
 
-def _value_counts(side: Side, name: str, step: float) -> tuple[np.ndarray, np.ndarray]:
-    number = next(number for number in side.measured if number.name == name)
-    value = numbers_of.finite_sql(number)
-    if step:
-        value = f"round(({value}) / {step!r})"
-    found = side.db.execute(
-        f"select ({value})::double as value, count(*) as num from chosen group by value "
+def _value_sql(value: str, number: Numbers, exact: bool) -> str:
+    """Returns SQL of a value, on a grid over the bins where there are many, ends at five times their width."""
+    if exact:
+        return f"({value})::double"
+    low, high = number.edges[0], number.edges[-1]
+    step = (high - low) / _GRID
+    return (
+        f"greatest(least(round(({value} - {low!r}) / {step!r}), {5 * _GRID}), {-4 * _GRID})::double"
+    )
+
+
+def _value_counts(
+    db: duckdb.DuckDBPyConnection, keys: Sequence[str]
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Returns each expression's different values and how often they occur, in one scan."""
+    # The constant makes it a grouping by more than one column even for a single number.
+    names = ["k", *(f"k{place}" for place in range(len(keys)))]
+    columns = ", ".join(f"{key} as k{place}" for place, key in enumerate(keys))
+    found = db.execute(
+        f"select grouping_id({', '.join(names)}) as mask, coalesce({', '.join(names[1:])}) as value, "
+        f"count(*) as num from (select 0 as k, {columns} from chosen) "
+        f"group by grouping sets ({', '.join(f'({name})' for name in names)}) "
         "having value is not null"
     ).fetchnumpy()
-    return np.asarray(found["value"]), np.asarray(found["num"])
+    mask, value, num = (np.asarray(found[name]) for name in ("mask", "value", "num"))
+    every = (1 << len(names)) - 1
+    counts = []
+    for place in range(len(keys)):
+        # In the mask, the column that a row is grouped by has the only 0.
+        own = mask == every - (1 << (len(keys) - 1 - place))
+        counts.append((value[own], num[own]))
+    return counts
 
 
 def _distance_of_counts(a: Sequence[tuple[int, int]], b: Sequence[tuple[int, int]]) -> float | None:
