@@ -369,6 +369,7 @@ def remove(
 ) -> None:
     """Take videos out of a corpus everywhere, for good: a later ingest will not bring them back."""
     from dataengine.corpus import Corpus
+    from dataengine.export.run import exports_of
     from dataengine.remove import remove as run_remove
 
     removal = run_remove(Corpus.open(corpus), video_id)
@@ -377,6 +378,13 @@ def remove(
         f"{len(removal.shards):,} shards rewritten.",
         highlight=False,
     )
+    for out in exports_of(Corpus.open(corpus)):
+        LIVE.print(
+            f"Exported to {out}. Take them out there too: dataengine export --refresh {shlex.quote(out)}",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
 
 
 @app.command()

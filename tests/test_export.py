@@ -25,7 +25,7 @@ from dataengine.export import huggingface, pieces
 from dataengine.export import webdataset as wds
 from dataengine.export.imports import import_export
 from dataengine.export.plain import plain_mp4
-from dataengine.export.run import export, read_record
+from dataengine.export.run import export, exports_of, read_record
 from dataengine.export.settings import bytes_of, forms_of, settings_of
 from dataengine.query.subsets import Definition, make_subset
 from dataengine.query.verify import verify
@@ -631,8 +631,8 @@ def test_the_record_and_the_note_in_the_corpus(tmp_path):
     assert record["finished"]
     assert record["resolved"]["percentiles"][0]["percent"] == 20
     assert record["facts"]["num_clips"] == record["counts"]["clips"] == 5
-    (note,) = (tmp_path / "c" / "exports").iterdir()
-    assert json.loads(note.read_text()) == {"out": str(tmp_path / "o"), "format": "webdataset"}
+    assert record["subset"]["definition"]["num_clips"] == 7
+    assert exports_of(corpus) == [str(tmp_path / "o")]
     assert not verify(corpus).problems
 
 
@@ -701,8 +701,13 @@ def test_command_line(tmp_path):
     result = run.invoke(app, ["export", "--refresh", out])
     assert result.exit_code == 0, result.output
     assert "Written now: 0 clips" in result.output
+    result = run.invoke(app, ["remove", corpus.url, "--video-id", "-v0_0"])
+    assert result.exit_code == 0, result.output
+    assert f"dataengine export --refresh {out}" in result.output
+    result = run.invoke(app, ["export", "--refresh", out])
+    assert "5 clips" in result.output
     result = run.invoke(app, ["import", out, "-c", str(tmp_path / "new")])
-    assert "6 clips of 6 videos" in result.output
+    assert "5 clips of 5 videos" in result.output
 
 
 @pytest.mark.parametrize(

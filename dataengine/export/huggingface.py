@@ -139,6 +139,8 @@ def _link_or_write(
     with corpus.open_shard(shard) as file:
         whole = file.metadata.num_rows == places.num_rows
         whole = whole and file.schema_arrow.equals(corpus.clip_schema)
+        # A takedown may have come since the catalog was asked.
+        whole = whole and not file.read(columns=["clip_id"])["clip_id"].null_count
     if whole:
         _link(corpus, folder, f"shards/{shard}.parquet", f"data/{shard}.parquet")
         commit(folder, shard, [places], None)

@@ -24,6 +24,7 @@ from dataengine.export.settings import ExportSettings
 from dataengine.export.webdataset import WebDatasetWriter
 from dataengine.progress import ProgressDisplay, Snapshot
 from dataengine.query import sql
+from dataengine.query.subsets import read_definition
 
 RECORD = "export.json"
 _FORMAT_VERSION = 1
@@ -92,6 +93,7 @@ def export(
                 "settings": settings.stated,
                 "resolved": choice.resolved,
                 "content": settings.content,
+                "subset": read_definition(corpus, settings.subset) if settings.subset else None,
                 "added_columns": corpus.added_columns,
                 "facts": found,
                 "finished": False,
@@ -119,6 +121,15 @@ def read_record(out: str) -> tuple[ExportSettings, dict[str, Any]]:
         raise ConfigError(f"Not an export: {out} (it has no {name})") from None
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"Damaged: {name} of {out}: {str(error).splitlines()[0]}") from None
+
+
+def exports_of(corpus: Corpus) -> list[str]:
+    """Returns where exports of a corpus were written, sorted; some may be gone."""
+    notes = [
+        json.loads(cast(bytes, corpus.fs.cat_file(corpus.path("exports", f"{name}.json"))))
+        for name in corpus.names("exports", ".json")
+    ]
+    return sorted(note["out"] for note in notes)
 
 
 def _write(
