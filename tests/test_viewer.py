@@ -8,6 +8,9 @@ import io
 import json
 import re
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 import time
 from importlib.resources import files
@@ -21,6 +24,8 @@ from dataengine.corpus import Corpus
 from dataengine.query import subsets
 from dataengine.query.sql import connect, run, select_statement
 from dataengine.remove import remove
+from dataengine.viewer.catalog import NotFoundError
+from dataengine.viewer.media import Media
 from dataengine.viewer.server import Viewer, address_of, byte_range, listen, server
 from tests.helpers import clip_row, clips_table, ledger_row
 from tests.media_factory import make_video
@@ -392,8 +397,6 @@ def test_seeking_reads_a_row_group_once(corpus, monkeypatch):
 
 
 def test_what_was_read_is_forgotten_in_time(corpus):
-    from dataengine.viewer.media import Media
-
     places = {}
     with connect(corpus) as db:
         for clip_id, *place in db.execute(
@@ -405,6 +408,8 @@ def test_what_was_read_is_forgotten_in_time(corpus):
         assert len(media.video(clip_id, place)[0]) == 5000
     held = [future.result().nbytes for future in media._columns.values()]
     assert 0 < sum(held) <= 70_000
+    with pytest.raises(NotFoundError, match="removed"):  # never another clip's media
+        media.video("v_0_0_1000", places["v_0_1000_2000"])
 
 
 def test_a_clip_of_frames_alone_has_no_video(tmp_path):
@@ -541,6 +546,7 @@ def test_a_question_that_takes_too_long_is_given_up(corpus, watched):
         assert "given up" in error["message"]
         assert len(client.all_ids()) == 30
         wait_until(lambda: leases(watched[0]) == [0])
+    assert leases(watched[0]) == []  # closed with the server
 
 
 def test_a_question_nobody_waits_for_is_given_up(corpus, watched):
@@ -583,6 +589,21 @@ def test_a_port_that_is_taken_is_said():
             listen("127.0.0.1", sock.getsockname()[1])
     with pytest.raises(ConfigError, match="Cannot listen"):
         listen("256.0.0.1", 0)
+
+
+def test_the_command_prints_the_address_and_ends_on_request(corpus):
+    command = [sys.executable, "-m", "dataengine", "view", corpus.url, "--no-open"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as started:
+        assert started.stdout is not None
+        assert started.stderr is not None
+        url = started.stdout.readline().strip()
+        assert re.fullmatch(r"http://127\.0\.0\.1:\d+/\?token=[\w-]{32}", url)
+        assert requests.get(url, timeout=60).status_code == 200
+        started.send_signal(signal.SIGINT)
+        assert started.wait(60) == 130
+        assert started.stderr.read() == ""
 
 
 # ------------------------------------------------------------------------------------- a browser

@@ -95,7 +95,12 @@ class Viewer:
         self.app: ASGIApp = Guard(self._routes(), token=token, cookie=cookie, host=host)
 
     def _routes(self) -> FastAPI:
-        app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+        @contextlib.asynccontextmanager
+        async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+            yield
+            self.catalog.close()
+
+        app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
         app.add_exception_handler(EngineError, _on_engine_error)
         app.add_exception_handler(NotFoundError, _on_not_found)
         app.add_exception_handler(RequestValidationError, _on_bad_request)
@@ -445,7 +450,7 @@ def server(
         log_level="warning",
         access_log=False,
         server_header=False,
-        lifespan="off",
+        lifespan="on",
         timeout_graceful_shutdown=2,
     )
     return uvicorn.Server(config)
