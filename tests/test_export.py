@@ -587,6 +587,28 @@ def test_new_clips_and_new_values_come_in(tmp_path):
     assert sample["txt"] == b"another"
 
 
+def test_what_a_killed_process_left_is_removed(tmp_path, clip_mp4):
+    corpus = Corpus.create(str(tmp_path / "c"))
+    corpus.take_over("r-1")
+    row = clip_row("v", 0, 2000, video={"bytes": clip_mp4, "path": None}, aesthetic_score=5.0)
+    commit(corpus, ("v", [row]))
+    for format_name, left in (
+        ("webdataset", ".000000.tar.abc.tmp"),
+        ("huggingface", "data/.x.parquet.abc.tmp"),
+        ("generation", "videos/.000000.tmp"),
+    ):
+        out = tmp_path / format_name
+        write(corpus, format_name, out)
+        before = tree(out)
+        for index in (out / "index").iterdir():
+            index.unlink()  # as if killed before the piece counted
+        (out / left).mkdir() if format_name == "generation" else (out / left).write_bytes(b"half")
+        assert write(corpus, format_name, out).counts["clips"] == 1
+        after = tree(out)
+        assert before.keys() == after.keys()
+        assert not (out / left).exists()
+
+
 def test_another_export_is_not_written_over(tmp_path):
     corpus = rich_corpus(tmp_path / "c")
     write(corpus, "webdataset", tmp_path / "o")
