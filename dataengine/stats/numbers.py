@@ -298,8 +298,8 @@ def count_above(
 def bins_of(*summaries: Summary, whole: bool = False) -> Bins | None:
     """Returns bins with round edges that hold nearly all values of all summaries.
 
-    Long tails stay outside, so that one clip of an hour does not squeeze all others into one bin.
-    None where there are no values.
+    The more values, the more bins, up to _MOST_BINS. Long tails stay outside, so that one clip of an
+    hour does not squeeze all others into one bin. None where there are no values.
     """
     filled = [s for s in summaries if s.minimum is not None and s.maximum is not None]
     if not filled:
@@ -311,7 +311,8 @@ def bins_of(*summaries: Summary, whole: bool = False) -> Bins | None:
     if most - least <= 2 * (high - low) or high == low:
         low, high = least, most
     spread = high - low
-    width = _round_up(spread / _MOST_BINS) if spread else (_round_up(abs(low) / 20) or 1.0)
+    wanted = min(max(2 * math.sqrt(max(s.num for s in filled)), 8), _MOST_BINS)
+    width = _round_up(spread / wanted) if spread else (_round_up(abs(low) / 20) or 1.0)
     if whole:
         width = max(1.0, float(math.ceil(width)))
     first = math.floor(low / width + 1e-9)

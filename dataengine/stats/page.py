@@ -202,7 +202,7 @@ def chart(*distributions: Numbers, names: Sequence[str] = ()) -> Chart:
     start = _LEFT + 2 * room * below
     heights = [_heights(d, shares) for d in distributions]
     top = max((max(h, default=0) for h in heights), default=0) or 1
-    up = _ticks(0, top, 4)
+    up = [tick for tick in _ticks(0, top, 4) if shares or not tick % 1]
     top = max(top, up[-1])
     plot = HEIGHT - _TOP - _BOTTOM
 
