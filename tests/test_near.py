@@ -93,6 +93,14 @@ def test_the_nearest_clips_are_those_of_brute_force(tmp_path, per_shard, threads
         assert np.allclose(found["similarity"].to_numpy(), cosines, atol=2e-6)
 
 
+def test_of_equally_near_clips_the_first_ids_are_taken(tmp_path):
+    """However late in the order of the shards they come."""
+    corpus = embedded_corpus(tmp_path / "c", np.ones((60, WIDTH)), per_shard=1)
+    with connect(corpus) as db:
+        found = near.find(db, corpus, "clips", np.ones(WIDTH), 3)
+    assert found["clip_id"].to_pylist() == sorted(clip_ids(60))[:3]
+
+
 def ask(corpus, *args):
     result = CliRunner().invoke(app, ["query", corpus.url, *args, "-f", "csv"])
     if result.exception and not isinstance(result.exception, SystemExit):
