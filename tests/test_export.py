@@ -21,7 +21,7 @@ from dataengine.cli import app
 from dataengine.corpus import Corpus
 from dataengine.cut import cut
 from dataengine.errors import ConfigError, CorpusError, EngineError, MediaError
-from dataengine.export import huggingface, pieces
+from dataengine.export import huggingface, pieces, run
 from dataengine.export import webdataset as wds
 from dataengine.export.imports import import_export
 from dataengine.export.plain import plain_mp4
@@ -587,6 +587,23 @@ def test_new_clips_and_new_values_come_in(tmp_path):
     assert sample["txt"] == b"another"
 
 
+@pytest.mark.parametrize("format_name", ["webdataset", "huggingface"])
+def test_a_takedown_in_the_middle_of_an_export(tmp_path, monkeypatch, format_name):
+    corpus = rich_corpus(tmp_path / "c")
+    real = run.write_places
+
+    def late(db, choice, path):
+        count = real(db, choice, path)
+        remove(corpus, ["-v1_0"])
+        return count
+
+    monkeypatch.setattr(run, "write_places", late)
+    done = write(corpus, format_name, tmp_path / "o")
+    assert done.counts["clips"] == 25
+    files = tree(tmp_path / "o")
+    assert not any(b"-v1_0" in content for _, content in files.values())
+
+
 def test_what_a_killed_process_left_is_removed(tmp_path, clip_mp4):
     corpus = Corpus.create(str(tmp_path / "c"))
     corpus.take_over("r-1")
@@ -715,20 +732,20 @@ def test_what_cannot_be_imported_is_said(tmp_path):
 
 def test_command_line(tmp_path):
     corpus = rich_corpus(tmp_path / "c")
-    run = CliRunner()
+    runner = CliRunner()
     out = str(tmp_path / "o")
-    result = run.invoke(app, ["export", corpus.url, "webdataset", out, "-w", "start_ms = 0"])
+    result = runner.invoke(app, ["export", corpus.url, "webdataset", out, "-w", "start_ms = 0"])
     assert result.exit_code == 0, result.output
     assert "6 clips" in result.output
-    result = run.invoke(app, ["export", "--refresh", out])
+    result = runner.invoke(app, ["export", "--refresh", out])
     assert result.exit_code == 0, result.output
     assert "Written now: 0 clips" in result.output
-    result = run.invoke(app, ["remove", corpus.url, "--video-id", "-v0_0"])
+    result = runner.invoke(app, ["remove", corpus.url, "--video-id", "-v0_0"])
     assert result.exit_code == 0, result.output
     assert f"dataengine export --refresh {out}" in result.output
-    result = run.invoke(app, ["export", "--refresh", out])
+    result = runner.invoke(app, ["export", "--refresh", out])
     assert "5 clips" in result.output
-    result = run.invoke(app, ["import", out, "-c", str(tmp_path / "new")])
+    result = runner.invoke(app, ["import", out, "-c", str(tmp_path / "new")])
     assert "5 clips of 5 videos" in result.output
 
 
