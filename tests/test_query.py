@@ -109,6 +109,19 @@ def test_the_sql_reaches_nothing_but_the_corpus(corpus, sql):
         list(run(db, select_statement(db, sql).sql)[1])
 
 
+def test_in_a_store_too_the_sql_reaches_nothing_but_the_corpus():
+    corpus = Corpus.create("memory://locked/c")
+    corpus.take_over("r-1")
+    rows = [clip_row("a", 0, 1000)]
+    corpus.commit(clips_table(rows), [ledger_row("a", rows)], run_id="r-1", fingerprint="f")
+    corpus.fs.pipe("/secret/x.csv", b"a,b\n1,2\n")
+    with connect(corpus) as db:
+        assert db.execute("select count(*) from clips").fetchall() == [(1,)]
+        for path in ("memory:///secret/x.csv", "/etc/hostname"):
+            with pytest.raises(ConfigError, match="disabled"):
+                run(db, f"select * from read_csv('{path}')")
+
+
 def test_a_wrong_name_is_answered_with_the_names_there_are(corpus):
     with connect(corpus) as db, pytest.raises(ConfigError, match="scor") as error:
         run(db, select_statement(db, "scor > 1").sql)

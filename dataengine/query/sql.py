@@ -90,18 +90,23 @@ def _add_views(
             nulls = ", ".join(f"null::{kind} as {identifier(n)}" for n, kind in types.items())
             sql = f"select {nulls} where false"
         if subset and name == "clips":
-            path = url_of(corpus, corpus.subset_path(subset))
-            sql = f"select * from ({sql}) semi join read_parquet({quoted(path)}) using (clip_id)"
+            path = corpus.subset_path(subset)
+            with corpus.fs.open(path, "rb") as file:
+                columns = pq.read_schema(file).names
+            # A place is quicker to read and to compare than a clip_id; a foreign file may lack it.
+            by = ("shard", "row_group", "row")
+            keys = ", ".join(by if set(by) <= set(columns) else ("clip_id",))
+            source = f"read_parquet({quoted(url_of(corpus, path))})"
+            sql = f"select * from ({sql}) semi join {source} using ({keys})"
         db.execute(f"create view {name} as {sql}")
     db.execute(
         "create view videos as select * from all_videos "
         "qualify row_number() over (partition by source order by finished_ms desc) = 1"
     )
-    if corpus.is_local:
-        names = ("catalog", "videos", "compacted", "subsets")
-        folders = ", ".join(quoted(corpus.path(name) + "/") for name in names)
-        db.execute(f"set allowed_directories = [{folders}]")
-        db.execute("set enable_external_access = false")
+    names = ("catalog", "videos", "compacted", "subsets")
+    folders = ", ".join(quoted(url_of(corpus, corpus.path(name)) + "/") for name in names)
+    db.execute(f"set allowed_directories = [{folders}]")
+    db.execute("set enable_external_access = false")
     db.execute("set lock_configuration = true")
 
 
