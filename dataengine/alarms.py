@@ -4,7 +4,9 @@
 A captioner that is shown black frames, answers mixed up between clips, or a language model that
 refuses all give captions that look right one by one. Over a corpus they show: the same text on clips of
 different videos, and notes in the provenance. Only the catalog is read, and of it only texts and
-provenance; memory does not grow with the number of different texts.
+provenance; memory does not grow with the number of different texts. Of a large corpus the videos with the
+lowest ids are looked at: ids are hashes or as random, and a merged catalog is sorted by them, so that little of
+it is read.
 """
 
 from collections.abc import Collection
@@ -16,11 +18,14 @@ from pydantic import Field
 from rich.console import Console
 
 from dataengine.corpus import Corpus
-from dataengine.query.sql import connect
+from dataengine.query.sql import connect, quoted
 from dataengine.stage import Settings
 
 FAILED, FALLBACK = "failed", "template"
 """What stands before the colon of a note: a column that is empty, one that a template wrote."""
+
+MOST_CLIPS = 2_000_000
+"""A corpus of more clips is looked at in a part of this size."""
 
 _BUCKETS = 1 << 20
 _LEAST_COPIES, _LEAST_SHARE = 2, 1e-4
@@ -125,11 +130,15 @@ class CaptionAlarms:
     Attributes:
         texts: Per caption column with any text, in the catalog's order.
         authors: Per column and model, in order of column and number of clips.
+        num_looked_at: Clips that all this is of.
+        num_clips: Clips of the corpus.
         alarms: One sentence for each suspicion; none if there is none.
     """
 
     texts: tuple[ColumnTexts, ...]
     authors: tuple[ColumnAuthor, ...]
+    num_looked_at: int
+    num_clips: int
     alarms: tuple[str, ...]
 
     def to_dict(self) -> dict[str, object]:
@@ -149,6 +158,8 @@ def check_captions(corpus: Corpus, settings: AlarmSettings | None = None) -> Cap
     """
     settings = settings or AlarmSettings()
     with connect(corpus) as db:
+        num_clips = _number(db, "select count(*) from clips")
+        num_looked_at = _look_at(db, num_clips)
         measured = (
             _texts(db, field.name, settings)
             for field in corpus.catalog_schema
@@ -157,7 +168,7 @@ def check_captions(corpus: Corpus, settings: AlarmSettings | None = None) -> Cap
         texts = tuple(column for column in measured if column.num_clips)
         authors = _authors(db)
     alarms = [*map(_text_sentence, texts), *_note_sentences(authors, settings)]
-    return CaptionAlarms(texts, authors, tuple(sentence for sentence in alarms if sentence))
+    return CaptionAlarms(texts, authors, num_looked_at, num_clips, tuple(filter(None, alarms)))
 
 
 def say_alarms(corpus: Corpus, console: Console, columns: Collection[str] = ()) -> None:
@@ -174,6 +185,20 @@ def say_alarms(corpus: Corpus, console: Console, columns: Collection[str] = ()) 
             console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
+def _look_at(db: duckdb.DuckDBPyConnection, num_clips: int) -> int:
+    """Makes the view ``looked_at`` of the clips to look at; returns their number."""
+    condition = ""
+    if num_clips > MOST_CLIPS:
+        bound = db.execute(
+            f"select quantile_disc(video_id, {MOST_CLIPS / num_clips!r}) "
+            "from (select video_id from clips using sample 100000 rows)"
+        ).fetchone()
+        if bound and bound[0] is not None:
+            condition = f" where video_id <= {quoted(bound[0])}"
+    db.execute(f"create temp view looked_at as select * from clips{condition}")
+    return _number(db, "select count(*) from looked_at") if condition else num_clips
+
+
 # ---------------------------------------------------------------------------------------- texts
 
 
@@ -187,19 +212,19 @@ def _texts(db: duckdb.DuckDBPyConnection, column: str, settings: AlarmSettings) 
     plain = f"""trim(regexp_replace(lower(nfc_normalize("{column}")), '[^\\p{{L}}\\p{{N}}]+', ' ', 'g'))"""
     db.execute(
         "create or replace temp table buckets as select hash(text) % ? as bucket, count(*) as num "
-        f"from (select {plain} as text from clips) where text <> '' group by bucket",
+        f"from (select {plain} as text from looked_at) where text <> '' group by bucket",
         [_BUCKETS],
     )
     num_clips = _number(db, "select coalesce(sum(num), 0) from buckets")
     exact = num_clips <= 100_000
     distinct = "count(distinct text)" if exact else "approx_count_distinct(text)"
     num_texts = _number(
-        db, f"select {distinct} from (select {plain} as text from clips) where text <> ''"
+        db, f"select {distinct} from (select {plain} as text from looked_at) where text <> ''"
     )
     rows = db.execute(
         "with chosen as materialized (select bucket from buckets where num >= $least), "
         f"""by_video as (select text, video_id, count(*) as num, min(clip_id) as clip_id, min("{column}") as said """
-        f"""from (select {plain} as text, video_id, clip_id, "{column}" from clips) """
+        f"""from (select {plain} as text, video_id, clip_id, "{column}" from looked_at) """
         "where text <> '' and hash(text) % $buckets in (select bucket from chosen) "
         "group by text, video_id) "
         "select min(said), sum(num)::bigint, count(*), min(clip_id, $examples) from by_video group by text "
@@ -252,12 +277,12 @@ def _short(text: str, max_chars: int = 80) -> str:
 
 def _authors(db: duckdb.DuckDBPyConnection) -> tuple[ColumnAuthor, ...]:
     # Corpora of earlier versions have no notes.
-    kind = db.execute("select any_value(typeof(provenance)) from clips").fetchone()
+    kind = db.execute("select any_value(typeof(provenance)) from looked_at").fetchone()
     note = "entry.note" if kind and kind[0] and "note VARCHAR" in kind[0] else "null"
     rows = db.execute(
         "select entry.\"column\", coalesce(entry.model, ''), coalesce(entry.revision, ''), "
         f"coalesce({note}, '') as note, count(*) as num "
-        "from (select unnest(provenance) as entry from clips) "
+        "from (select unnest(provenance) as entry from looked_at) "
         "group by all order by num desc, note"
     ).fetchall()
     totals: dict[tuple[str, str, str], int] = {}

@@ -236,3 +236,14 @@ def test_a_column_that_was_declared_and_never_written_is_no_trouble(tmp_path):
     found = check_captions(Corpus.open(corpus.url))
     assert [texts.column for texts in found.texts] == ["caption", "caption_llm"]
     assert not verify(corpus).problems
+
+
+def test_of_a_large_corpus_a_part_is_looked_at(tmp_path, monkeypatch):
+    corpus = make(tmp_path / "c", 30, 4, lambda video, clip: {"caption": "the same"})
+    monkeypatch.setattr(alarms, "MOST_CLIPS", 60)
+    found = check_captions(corpus)
+    assert found.num_clips == 120
+    assert 40 <= found.num_looked_at <= 80
+    assert found.texts[0].num_clips == found.num_looked_at
+    assert found.alarms
+    assert sum(a.num_clips for a in found.authors if a.column == "caption") == found.num_looked_at
