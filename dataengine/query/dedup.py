@@ -241,6 +241,7 @@ def _close_pairs(hashes_NF: np.ndarray, bits: int) -> np.ndarray:
         order = np.argsort(key, kind="stable")
         key = key[order]
         start = np.arange(num - 1)
+        parts = [found]
         for offset in range(1, num):
             start = start[: np.searchsorted(start, num - offset)]
             start = start[key[start] == key[start + offset]]
@@ -248,12 +249,11 @@ def _close_pairs(hashes_NF: np.ndarray, bits: int) -> np.ndarray:
                 break
             for block in np.array_split(start, len(start) // 1_000_000 + 1):
                 a, b = order[block], order[block + offset]
-                close = np.ones(len(a), bool)
-                for frame in range(width):
+                for frame in range(width):  # most strangers are gone after one
                     distance = np.bitwise_count(hashes_NF[a, frame] ^ hashes_NF[b, frame])
-                    close &= distance <= bits
-                a, b = a[close], b[close]
-                found = np.union1d(found, np.minimum(a, b) * num + np.maximum(a, b))
+                    a, b = a[distance <= bits], b[distance <= bits]
+                parts.append(np.minimum(a, b) * num + np.maximum(a, b))
+        found = np.unique(np.concatenate(parts))
     return np.stack([found // num, found % num], axis=1)
 
 
