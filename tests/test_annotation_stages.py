@@ -379,6 +379,16 @@ def test_five_captions_and_the_one_to_train_on():
     assert other["provenance"][-1]["model"] == "template"
 
 
+def test_fusion_again_names_one_author_of_the_caption():
+    row = {
+        "clip_id": "v_0_1", "caption_video": "A ball.", "caption_audio": "A bang.", "transcript": None,
+        "transcript_en": None, "language": None, "caption": "old",
+        "provenance": [provenance("caption_avs", "before"), provenance("caption", "before")],
+    }  # fmt: skip
+    wrote = columns_of(run(FuseStage, [row], caption="caption_avs")[0])["provenance"]
+    assert [e["model"] for e in wrote if e["column"] == "caption"] == ["template"]
+
+
 def test_missing_modalities_leave_no_trace():
     rows = [clip(caption_video="A plain scene."), clip(caption_audio="Silence."), clip()]
     first, second, third = map(columns_of, run(FuseStage, rows))

@@ -66,9 +66,11 @@ class FuseStage(Stage):
             if not _is_given(row):
                 chosen = self.config.caption
                 columns["caption"] = row.get(chosen) if chosen not in columns else columns[chosen]
+                # Annotation again: what the row says of a column that is written now is out of date.
+                authors = wrote if chosen in columns else row.get("provenance") or ()
                 wrote += [
                     entry | {"column": "caption"}
-                    for entry in [*(row.get("provenance") or ()), *wrote]
+                    for entry in authors
                     if entry["column"] == chosen and columns["caption"]
                 ]
             outcomes.append(Kept((columns | {"provenance": wrote},)))
