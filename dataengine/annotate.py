@@ -286,7 +286,7 @@ def _check_condition(corpus: Corpus, where: str) -> None:
             first = statement.percentiles[0]
             raise ConfigError(
                 "--where of annotate takes values, not percentiles",
-                f"p{first.percent:g} of {first.column} is {first.value} now",
+                f"p{first.percent:g} of {first.column} is {first.text} now",
             )
         sql.run(db, statement.sql)
 

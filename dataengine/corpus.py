@@ -292,6 +292,7 @@ class Corpus:
             if field.name in given.column_names:
                 values = given[field.name].cast(field.type)
             clips = clips.append_column(field, values)
+        clips = without_nan(clips)
         schema = clips.schema.with_metadata(records.hugging_face_metadata(clips.schema))
         groups = list(row_groups(media_bytes(clips), row_group_bytes))
 
@@ -487,6 +488,17 @@ def row_groups(sizes: Sequence[int], limit: int) -> Iterator[tuple[int, int]]:
             start, total = index + 1, 0
     if start < len(sizes):
         yield start, len(sizes)
+
+
+def without_nan(rows: pa.Table) -> pa.Table:
+    """Returns the rows with null for every number that is none: it would count as the highest score."""
+    for index, field in enumerate(rows.schema):
+        if field.type in (pa.float32(), pa.float64()):
+            finite = pc.call_function("is_finite", [rows[field.name]])
+            null = pa.scalar(None, field.type)
+            column = pc.call_function("if_else", [finite, rows[field.name], null])
+            rows = rows.set_column(index, field, column)
+    return rows
 
 
 def writer_options(schema: pa.Schema) -> dict[str, Any]:

@@ -430,7 +430,7 @@ def view(
 def _say_percentiles(percentiles: "tuple[Percentile, ...]") -> None:
     for percentile in percentiles:
         LIVE.print(
-            f"p{percentile.percent:g} of {percentile.column} is {percentile.value}",
+            f"p{percentile.percent:g} of {percentile.column} is {percentile.text}",
             highlight=False,
             markup=False,
         )

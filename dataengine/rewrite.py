@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dataengine import records
-from dataengine.corpus import Corpus, write_small, writer_options
+from dataengine.corpus import Corpus, without_nan, write_small, writer_options
 
 _MARKS = b"dataengine.annotated"
 
@@ -60,7 +60,7 @@ def rewrite_shard(
             with pq.ParquetWriter(out, schema, **writer_options(schema)) as writer:
                 for group in range(file.metadata.num_row_groups):
                     rows = _updated(file.read_row_group(group), updates, columns)
-                    rows = rows.select(schema.names).cast(schema)
+                    rows = without_nan(rows.select(schema.names).cast(schema))
                     writer.write_table(rows, row_group_size=max(rows.num_rows, 1))
 
         corpus.check_current(run_id)

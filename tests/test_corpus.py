@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+import math
 import os
 
 import pyarrow as pa
@@ -382,3 +383,13 @@ def test_a_folder_left_by_a_kill_right_after_its_making_is_a_corpus(tmp_path, mo
         Corpus.create(str(tmp_path / "c"))
     monkeypatch.undo()
     assert Corpus.create(str(tmp_path / "c")).catalog().num_rows == 0
+
+
+def test_a_number_that_is_none_is_stored_as_no_number(tmp_path):
+    corpus = Corpus.create(str(tmp_path / "c"))
+    corpus.take_over("r-1")
+    scores = [0.5, math.nan, math.inf, -math.inf, None]
+    rows = [clip_row("v", 1000 * i, 1000 * i + 1000, clip_score=s) for i, s in enumerate(scores)]
+    corpus.commit(clips_table(rows), [ledger_row("v", rows)], run_id="r-1", fingerprint="f")
+    assert corpus.catalog(["clip_score"])["clip_score"].to_pylist() == [0.5, None, None, None, None]
+    assert verify(corpus).problems == []

@@ -109,6 +109,15 @@ def test_the_sql_reaches_nothing_but_the_corpus(corpus, sql):
         list(run(db, select_statement(db, sql).sql)[1])
 
 
+@pytest.mark.parametrize("order_by", ["1; copy (select 1 as a) to '{}'", "1; select 2"])
+def test_a_plan_runs_nothing_else(corpus, order_by):
+    path = corpus.path("catalog", "evil.parquet")
+    for question in (["--order-by", order_by.format(path)], [f"select 1; {order_by[3:]}"]):
+        result = CliRunner().invoke(app, ["query", corpus.url, *question, "--explain"])
+        assert isinstance(result.exception, ConfigError)
+    assert "evil" not in corpus.names("catalog")
+
+
 def test_in_a_store_too_the_sql_reaches_nothing_but_the_corpus():
     corpus = Corpus.create("memory://locked/c")
     corpus.take_over("r-1")
@@ -142,6 +151,7 @@ def test_words_are_found_in_captions(tmp_path):
         "Ein roter Ball",
         "一只狗在跑",
         'say "red dog"',
+        "Die Straße in İzmir",
     )
     rows = [clip_row("v", 1000 * i, 1000 * i + 1000, caption=t) for i, t in enumerate(texts)]
     rows[2]["transcript"] = "a dog"
@@ -157,6 +167,7 @@ def test_words_are_found_in_captions(tmp_path):
     assert found("50%") == [1]
     assert found("狗") == [3]
     assert found("ed") == []
+    assert found("straße") == found("İzmir") == [5]
     with pytest.raises(ConfigError, match="quote"):
         found('"dog')
 
@@ -167,6 +178,17 @@ def test_counts_percentiles_and_plans(corpus):
     sql = ask(corpus, "clip_score >= p50", "--explain")
     assert "0.11" in sql
     assert "PARQUET" in sql.upper()
+
+
+def test_aggregates_have_no_order(corpus):
+    assert json.loads(ask(corpus, "", "--select", "count(*) as n", "-f", "jsonl")) == {"n": 9}
+
+
+@pytest.mark.parametrize("size", ["nonsense", "-4GB", "0GB", "1KB", "4"])
+def test_a_size_is_a_size(corpus, size):
+    error = CliRunner().invoke(app, ["query", corpus.url, "--memory", size]).exception
+    assert isinstance(error, ConfigError)
+    assert "4GB" in error.hint
 
 
 def test_a_subset_is_asked_like_a_corpus(corpus):

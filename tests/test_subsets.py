@@ -197,6 +197,20 @@ def test_a_mixture_has_its_shares_and_no_clip_twice(corpus):
     assert drawn == draw(corpus, "m", Definition(mix={"a": 3.0, "b": 1.0}, num_clips=21))
 
 
+def test_what_one_subset_cannot_give_the_others_give(corpus):
+    draw(corpus, "a", Definition(num_clips=4))
+    draw(corpus, "b", Definition(num_clips=50))
+    draw(corpus, "c", Definition(num_clips=60, seed=1))
+    union = set(ids(corpus, "a")) | set(ids(corpus, "b")) | set(ids(corpus, "c"))
+    for num_clips in (20, 40, len(union), 500):
+        drawn = draw(
+            corpus, "m", Definition(mix={"a": 8.0, "b": 1.0, "c": 1.0}, num_clips=num_clips)
+        )
+        assert len(drawn) == min(num_clips, len(union))
+        assert set(ids(corpus, "a")) <= set(drawn)
+    assert set(drawn) == union
+
+
 def test_the_file_says_how_to_make_it_again(corpus):
     definition = Definition(where="clip_score > 0.5 -- half", order="div", num_clips=9, seed=3)
     drawn = draw(corpus, "x", definition)

@@ -45,6 +45,11 @@ class Percentile:
     percent: float
     value: str
 
+    @property
+    def text(self) -> str:
+        """The value as a person reads it."""
+        return self.value.partition("'")[2].rpartition("'")[0] or "nothing: no clip has a value"
+
 
 @dataclass(frozen=True)
 class Resolved:

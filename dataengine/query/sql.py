@@ -31,7 +31,10 @@ COUNTS = (
 """Selected in place of columns, it says how much there is."""
 
 _SELECT = re.compile(r"\s*(select|with|from)\b", re.IGNORECASE)
-_FILE = re.compile(r"/(catalog|videos|compacted)/[^ ]+\.parquet")
+_FILE = re.compile(r".*/(catalog|videos|compacted)/[^ ]+\.parquet")
+_SIZE = re.compile(
+    r"(\d{3,}(\.\d+)?\s*Mi?B)|((?!0+(\.0*)?\s*[GT])\d+(\.\d+)?\s*[GT]i?B)", re.IGNORECASE
+)
 _TERM = re.compile(r'"([^"]*)"|([^\s"]+)')
 _BATCH_ROWS = 10_000
 
@@ -65,8 +68,8 @@ def connect(
         ConfigError: From the body: if its SQL is wrong.
     """
     with engine(corpus, memory=memory, threads=threads) as db:
-        _add_views(db, corpus, shard, subset, snapshot)
         try:
+            _add_views(db, corpus, shard, subset, snapshot)
             yield db
         except duckdb.Error as error:
             raise explained(db, error) from None
@@ -96,7 +99,7 @@ def _add_views(
             # A place is quicker to read and to compare than a clip_id; a foreign file may lack it.
             by = ("shard", "row_group", "row")
             keys = ", ".join(by if set(by) <= set(columns) else ("clip_id",))
-            source = f"read_parquet({quoted(url_of(corpus, path))})"
+            source = f"read_parquet({quoted(exact_url_of(corpus, path))})"
             sql = f"select * from ({sql}) semi join {source} using ({keys})"
         db.execute(f"create view {name} as {sql}")
     db.execute(
@@ -104,7 +107,10 @@ def _add_views(
         "qualify row_number() over (partition by source order by finished_ms desc) = 1"
     )
     names = ("catalog", "videos", "compacted", "subsets")
-    folders = ", ".join(quoted(url_of(corpus, corpus.path(name)) + "/") for name in names)
+    # What is asked for is checked as it is written, and so is what is found by it.
+    folders = ", ".join(
+        quoted(url(corpus, corpus.path(name)) + "/") for name in names for url in (url_of, exact_url_of)
+    )
     db.execute(f"set allowed_directories = [{folders}]")
     db.execute("set enable_external_access = false")
     db.execute("set lock_configuration = true")
@@ -138,10 +144,9 @@ def engine(
     spill = os.path.join(tempfile.gettempdir(), f"dataengine-duckdb-{uuid.uuid4().hex}")
     db.execute(f"set temp_directory = {quoted(spill)}")
     if memory:
-        try:
-            db.execute(f"set memory_limit = {quoted(memory)}")
-        except duckdb.Error:
-            raise ConfigError(f"Not a size: {memory}", "such as 4GB") from None
+        if not _SIZE.fullmatch(memory.strip()):
+            raise ConfigError(f"Not a size: {memory}", "such as 4GB; at least 100MB")
+        db.execute(f"set memory_limit = {quoted(memory)}")
     if threads:
         db.execute(f"set threads = {int(threads)}")
     return db
@@ -168,7 +173,7 @@ def catalog_select(corpus: Corpus, parts: Sequence[CatalogPart], types: Mapping[
     for part in parts:
         if not part.files:
             continue
-        paths = ", ".join(quoted(url_of(corpus, path)) for path in part.files)
+        paths = ", ".join(quoted(exact_url_of(corpus, path)) for path in part.files)
         sql = (
             f"select * from read_parquet([{paths}], schema=map {{{columns}}}, "
             "hive_partitioning=false)"
@@ -222,9 +227,15 @@ def select_statement(
     sql = f"select {select or ', '.join(DEFAULT_COLUMNS)} from clips"
     if resolved.condition:
         sql += f" where {resolved.condition}\n"  # a comment at its end must end there
+    end = f" limit {limit}" if limit is not None else ""
     # Without an order the answer would depend on how threads raced.
-    sql += f" order by {order_by or 'video_id, start_ms, end_ms'}"
-    return Statement(sql + (f" limit {limit}" if limit is not None else ""), resolved.percentiles)
+    ordered = f"{sql} order by {order_by or 'video_id, start_ms, end_ms'}{end}"
+    if select and not order_by:
+        try:
+            plan_of(db, ordered)
+        except duckdb.BinderException:  # aggregates have no clip to go by
+            return Statement(sql + end, resolved.percentiles)
+    return Statement(ordered, resolved.percentiles)
 
 
 def with_text(db: duckdb.DuckDBPyConnection, condition: str, text: str) -> str:
@@ -254,12 +265,13 @@ def text_condition(columns: Sequence[str], text: str) -> str:
     terms = [phrase or word for phrase, word in _TERM.findall(text) if phrase or word]
     held = "lower(concat_ws(chr(10), " + ", ".join(map(identifier, columns)) + "))"
     conditions = []
-    for term in (term.casefold() for term in terms):
+    for term in terms:
         if term.isascii():
             start = r"(^|[^a-z0-9])" if term[0].isalnum() else ""
-            conditions.append(f"regexp_matches({held}, {quoted(start + re.escape(term))})")
-        else:
-            conditions.append(f"contains({held}, {quoted(term)})")
+            pattern = quoted(start + re.escape(term.lower()))
+            conditions.append(f"regexp_matches({held}, {pattern})")
+        else:  # DuckDB lowers both, as languages differ in how
+            conditions.append(f"contains({held}, lower({quoted(term)}))")
     return "(" + " and ".join(conditions or ["true"]) + ")"
 
 
@@ -271,9 +283,7 @@ def run(db: duckdb.DuckDBPyConnection, sql: str) -> tuple[pa.Schema, Iterator[pa
         CorpusError: If a file of the catalog is damaged.
     """
     try:
-        statements = db.extract_statements(sql)
-        if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
-            raise ConfigError("Expected one condition or one SELECT", _columns_hint(db))
+        _check_select(db, sql)
         reader = db.sql(sql).to_arrow_reader(_BATCH_ROWS)
     except duckdb.Error as error:
         raise explained(db, error) from None
@@ -287,9 +297,21 @@ def run(db: duckdb.DuckDBPyConnection, sql: str) -> tuple[pa.Schema, Iterator[pa
 
 
 def plan_of(db: duckdb.DuckDBPyConnection, sql: str) -> str:
-    """Returns how DuckDB would run a SELECT."""
+    """Returns how DuckDB would run a SELECT.
+
+    Raises:
+        ConfigError: If it is not one SELECT.
+    """
+    _check_select(db, sql)
     row = db.execute(f"explain {sql}").fetchone()
     return row[1] if row else ""
+
+
+def _check_select(db: duckdb.DuckDBPyConnection, sql: str) -> None:
+    """Raises ConfigError unless the text is one SELECT: others might write into the corpus."""
+    statements = db.extract_statements(sql)
+    if len(statements) != 1 or statements[0].type != duckdb.StatementType.SELECT:
+        raise ConfigError("Expected one condition or one SELECT", _columns_hint(db))
 
 
 def _batches(
@@ -305,13 +327,16 @@ def explained(db: duckdb.DuckDBPyConnection, error: Exception) -> EngineError:
     """Returns a one-line error; for an unknown name, with the names there are."""
     lines = str(error).strip().splitlines()
     message = next((line for line in lines if line.strip()), "it cannot be run")
-    if isinstance(error, duckdb.IOException | duckdb.InvalidInputException) and _FILE.search(
-        message
-    ):
+    file = _FILE.search(message)
+    if isinstance(error, duckdb.IOException | duckdb.InvalidInputException) and file:
         return CorpusError(
             f"Damaged: the catalog cannot be read: {message}",
-            "dataengine verify CORPUS names the files",
+            "merge it again from the shards' own files: dataengine compact CORPUS --full"
+            if file[1] == "compacted"
+            else "dataengine verify CORPUS names the files",
         )
+    if isinstance(error, duckdb.OutOfMemoryException):
+        return EngineError("The query needs more memory than it may have", "a larger --memory")
     hint = (
         _columns_hint(db)
         if isinstance(error, duckdb.BinderException | duckdb.CatalogException)
@@ -331,6 +356,11 @@ def url_of(corpus: Corpus, path: str) -> str:
         return path
     protocol = corpus.fs.protocol
     return f"{protocol if isinstance(protocol, str) else protocol[0]}://{path}"
+
+
+def exact_url_of(corpus: Corpus, path: str) -> str:
+    """Returns what ``read_parquet`` reads this one path by: ``*``, ``?`` and ``[`` stand for themselves."""
+    return re.sub(r"[*?[]", r"[\g<0>]", url_of(corpus, path))
 
 
 def identifier(name: str) -> str:

@@ -67,7 +67,8 @@ class Definition:
         dedup_semantic: Then removes clips whose embeddings have a cosine above this. Of duplicates, the
             one with the highest ``score`` stays.
         preset: Name of the preset this came from, for the reader.
-        mix: Names of subsets and their weights, where this is a mixture.
+        mix: Names of subsets and their weights, where this is a mixture. No clip is drawn twice; what a
+            subset is too small to give, the others give.
     """
 
     where: str = ""
@@ -175,6 +176,11 @@ def make_subset(
     if name in corpus.names("subsets") and not replace_existing:
         raise CorpusError(f"There is a subset {name} already", "replace it with --replace")
     with connect(corpus, memory=memory, threads=threads) as db:
+        columns = [
+            name for (name,) in db.execute("select column_name from (describe clips)").fetchall()
+        ]
+        if definition.score not in columns:
+            raise ConfigError(f"No column {definition.score}", f"columns: {', '.join(columns)}")
         about = {"definition": asdict(definition)}
         if definition.mix:
             subset, about["taken"] = _draw_mix(db, corpus, name, definition)
@@ -336,19 +342,25 @@ def _draw_mix(
             raise ConfigError(f"{part}: a weight is a number above 0")
     names = ", ".join(SUBSET_SCHEMA.names)
     db.execute(f"create temp table drawn as select {names} from clips limit 0")
-    taken, num_candidates = {}, 0
-    for part, share in _shares(wanted.mix, wanted.num_clips).items():
-        source = (
-            f"read_parquet({quoted(url_of(corpus, corpus.path('subsets', f'{part}.parquet')))})"
-        )
-        (available,) = _row(db, f"select count(*) from {source}")
-        num_candidates += available
-        (before,) = _row(db, "select count(*) from drawn")
-        db.execute(
-            f"insert into drawn select {names} from {source} anti join drawn using (clip_id) "
-            f"order by hash(clip_id, {wanted.seed}), clip_id limit {share}"
-        )
-        taken[part] = _row(db, "select count(*) from drawn")[0] - before
+    sources = {
+        part: f"read_parquet({quoted(url_of(corpus, corpus.subset_path(part)))})"
+        for part in wanted.mix
+    }
+    every = " union ".join(f"select clip_id from {source}" for source in sources.values())
+    (num_candidates,) = _row(db, f"select count(*) from ({every})")
+    taken = dict.fromkeys(sources, 0)
+    left, missing = dict(wanted.mix), min(wanted.num_clips, num_candidates)
+    while missing:  # what a subset cannot give, the others give by their weights
+        for part, share in _shares(left, missing).items():
+            db.execute(
+                f"insert into drawn select {names} from {sources[part]} anti join drawn "
+                f"using (clip_id) order by hash(clip_id, {wanted.seed}), clip_id limit {share}"
+            )
+            now = _row(db, "select count(*) from drawn")[0] - sum(taken.values())
+            taken[part] += now
+            if now < share:
+                del left[part]
+        missing = min(wanted.num_clips, num_candidates) - sum(taken.values())
     num_drawn, num_videos = _row(db, "select count(*), count(distinct video_id) from drawn")
     return Subset(name, num_candidates, num_drawn, num_videos), taken
 
