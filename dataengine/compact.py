@@ -15,6 +15,7 @@ life and not once for every merge.
 
 import contextlib
 import fcntl
+import glob
 import json
 import os
 import time
@@ -30,7 +31,7 @@ import pyarrow.parquet as pq
 
 from dataengine.corpus import CatalogPart, Corpus, write_small
 from dataengine.errors import CorpusError
-from dataengine.query.sql import catalog_select, engine, schema_types
+from dataengine.query.sql import catalog_select, engine, quoted, schema_types
 
 _GROWTH = 2
 """A segment is merged again once what is new holds more than 1/_GROWTH of its shards."""
@@ -150,8 +151,9 @@ def purge(corpus: Corpus, video_ids: Collection[str]) -> None:
     def is_asked(rows: pa.RecordBatch | pa.Table) -> pa.Array:
         return pc.call_function("is_in", [rows["video_id"]], asked)
 
-    pattern = corpus.path("compacted", "*", "part-*.parquet")
-    for path in sorted(str(found) for found in corpus.fs.glob(pattern)):
+    for path in sorted(map(str, corpus.fs.find(corpus.path("compacted"), maxdepth=2))):
+        if not _is_part(path):
+            continue
         with corpus.fs.open(path, "rb") as opened, pq.ParquetFile(opened) as file:
             if not any(
                 is_asked(batch).true_count for batch in file.iter_batches(columns=["video_id"])
@@ -221,11 +223,19 @@ def _write(
         rows = catalog_select(corpus, parts, schema_types(db, corpus.catalog_schema))
         # The sort is total, so the result does not depend on how many threads made it.
         copied = db.execute(
-            f"copy ({rows} order by video_id, start_ms, clip_id) to '{target}' (format parquet, "
+            f"copy ({rows} order by video_id, start_ms, clip_id) to {quoted(target)} (format parquet, "
             f"compression zstd, row_group_size {_ROW_GROUP_ROWS}, file_size_bytes '{_FILE_BYTES}', "
             "filename_pattern 'part-{i}', overwrite_or_ignore true)"
         ).fetchone()
-    files = sorted(str(found) for found in corpus.fs.glob(f"{folder}/part-*.parquet"))
+        counted = db.execute(f"select count(*) from ({rows})").fetchone()
+    files = sorted(filter(_is_part, map(str, corpus.fs.ls(folder, detail=False))))
+    num_clips = sum(pq.read_metadata(path, filesystem=corpus.fs).num_rows for path in files)
+    if copied is None or counted is None or not num_clips == copied[0] == counted[0]:
+        raise CorpusError(
+            f"Of {counted and counted[0]} clips {num_clips} came out of the merge of {corpus.url}; "
+            "nothing was published",
+            "merge again; dataengine verify CORPUS names damaged files",
+        )
     if corpus.is_local:
         for path in (*files, folder):
             _flush(path)
@@ -234,10 +244,15 @@ def _write(
     return {
         "name": name,
         "files": [PurePosixPath(path).name for path in files],
-        "num_clips": copied[0] if copied else 0,
+        "num_clips": num_clips,
         "num_shards": len(shards),
         "without": [],
     }
+
+
+def _is_part(path: str) -> bool:
+    name = PurePosixPath(path).name
+    return name.startswith("part-") and name.endswith(".parquet")
 
 
 def _flush(path: str) -> None:
@@ -261,4 +276,5 @@ def _sweep(corpus: Corpus, keep: int) -> None:
         stamp = name.partition("-")[0]
         is_segment = len(stamp) == 13 and stamp.isdigit()
         if is_segment and name not in used and int(stamp) < oldest_ms:
-            corpus.fs.rm(path, recursive=True)
+            # A store, but not a disk, takes a pattern.
+            corpus.fs.rm(path if corpus.is_local else glob.escape(path), recursive=True)

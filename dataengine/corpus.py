@@ -177,6 +177,16 @@ class Corpus:
         names = (PurePosixPath(path).name for path in paths)
         return sorted(n[: -len(suffix)] for n in names if n.endswith(suffix) and n[0] != ".")
 
+    def run_files(self, name: str) -> list[str]:
+        """Returns the sorted paths of the files that runs left under a name, ``runs/*/<name>``."""
+        # A pattern would take special characters of the corpus' own path for its own.
+        found = self.fs.find(self.path("runs"), maxdepth=2)
+        return sorted(
+            path
+            for path in map(str, found)
+            if path.split("/")[-1] == name and path.split("/")[-2] != "runs"
+        )
+
     # ------------------------------------------------------------------------------- writing
 
     def publish(self, name: str, write: Callable[[BinaryIO], Any]) -> None:

@@ -205,8 +205,8 @@ def _clean_runs(corpus: Corpus, ids: frozenset[str], runs: Collection[str]) -> N
         if row["video_id"] in ids
     }
     # Of all runs: one that was killed has listed the video, but has no ledger row of it.
-    for path in corpus.fs.glob(corpus.path("runs", "*", "sources.parquet")):
-        _forget_spans(corpus, str(path), sources)
+    for path in corpus.run_files("sources.parquet"):
+        _forget_spans(corpus, path, sources)
     for run in runs:
         if corpus.fs.exists(corpus.path("runs", run, "report.html")):
             with contextlib.suppress(CorpusError):

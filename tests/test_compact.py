@@ -14,6 +14,7 @@ from dataengine.compact import compact, merging
 from dataengine.corpus import Corpus
 from dataengine.errors import CorpusError
 from dataengine.query.sql import connect
+from dataengine.query.subsets import Definition, make_subset
 from dataengine.query.verify import verify
 from dataengine.remove import remove
 from dataengine.rewrite import rewrite_shard
@@ -205,3 +206,41 @@ def test_a_store_that_is_no_local_disk(tmp_path):
     add_videos(corpus, ["d"])
     assert len(seen(corpus)) == 8
     assert corpus.catalog(["clip_id"]).num_rows == 8
+
+
+@pytest.mark.parametrize("name", ["c5[x]", "c*", "q?", "it's", "[*]?'"])
+def test_a_corpus_path_with_special_characters_stands_for_itself(tmp_path, name):
+    """Neighbours that the path would match as a pattern are neither read nor touched."""
+    for neighbour in ("c5x", "cAA", "qq"):
+        compact(small_corpus(tmp_path / neighbour, num_videos=1))
+    corpus = small_corpus(tmp_path / name, num_videos=4)
+    check(corpus)
+    done = compact(corpus)
+    assert (done.num_clips, done.num_files) == (8, 1)
+    check(corpus)
+    assert all("/compacted/" in path for part in corpus.catalog_parts() for path in part.files)
+    make_subset(corpus, "some", Definition(num_clips=4))
+    make_subset(corpus, "mixed", Definition(num_clips=2, mix={"some": 1.0}))
+    with connect(corpus, subset="some") as db:
+        assert db.execute("select count(*) from clips").fetchall() == [(4,)]
+    corpus.publish("runs/r-1/funnel.json", lambda file: file.write(b"{}"))
+    corpus.publish("runs/funnel.json", lambda file: file.write(b"{}"))
+    assert corpus.run_files("funnel.json") == [corpus.path("runs", "r-1", "funnel.json")]
+    remove(corpus, ["video2"])
+    for path in Path(corpus.root, "compacted").glob("*/part-*.parquet"):
+        assert b"video2" not in path.read_bytes()
+    assert len(seen(corpus)) == 6
+    compact(corpus, full=True, keep=1)
+    check(corpus)
+    assert verify(corpus).problems == []
+    for neighbour in ("c5x", "cAA", "qq"):
+        assert len(seen(Corpus.open(str(tmp_path / neighbour)))) == 2
+
+
+def test_a_merge_that_lost_rows_is_not_published(tmp_path, monkeypatch):
+    corpus = small_corpus(tmp_path / "c", num_videos=3)
+    monkeypatch.setattr("dataengine.compact._is_part", lambda path: False)
+    with pytest.raises(CorpusError, match="Of 6 clips 0 came out of the merge"):
+        compact(corpus)
+    assert corpus.names("compacted", ".json") == []
+    check(corpus)

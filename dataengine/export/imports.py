@@ -26,7 +26,7 @@ from dataengine.corpus import Corpus, media_bytes
 from dataengine.errors import ConfigError, CorpusError
 from dataengine.export.run import read_record
 from dataengine.progress import ProgressDisplay, Snapshot
-from dataengine.query.sql import engine, quoted, url_of
+from dataengine.query.sql import engine, exact_url_of, quoted
 
 SHARD_BYTES = 256 << 20
 """Media after which a shard is committed, at the end of a video."""
@@ -269,7 +269,7 @@ def _check_contiguous(folder: Corpus) -> None:
     """Raises CorpusError if clips of a video do not follow each other."""
     if not folder.names("index"):
         return  # it is noticed on the way
-    pattern = url_of(folder, folder.path("index", "*.parquet"))
+    pattern = exact_url_of(folder, folder.path("index")) + "/*.parquet"
     with engine(folder) as db:
         row = db.execute(
             "select video_id from (select regexp_replace(clip_id, '_[0-9]+_[0-9]+$', '') as video_id, "

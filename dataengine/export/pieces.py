@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 from dataengine.corpus import Corpus, write_small
 from dataengine.export.clips import ClipStream
 from dataengine.export.selection import PLACE_SCHEMA, read_places
-from dataengine.query.sql import engine, quoted, url_of
+from dataengine.query.sql import engine, exact_url_of, quoted
 
 INDEX_SCHEMA = pa.schema(
     [pa.field("piece", pa.string()), *PLACE_SCHEMA, pa.field("problem", pa.string())]
@@ -158,7 +158,7 @@ def comparison(folder: Corpus, places: str) -> Iterator[duckdb.DuckDBPyConnectio
     with engine(folder) as db:
         db.execute(f"create view chosen as select * from read_parquet({quoted(places)})")
         if folder.names("index"):
-            pattern = url_of(folder, folder.path("index", "*.parquet"))
+            pattern = exact_url_of(folder, folder.path("index")) + "/*.parquet"
             # A table, because files change while it is asked. Indexes hold far less than clips.
             db.execute(
                 "create table held as select piece, clip_id, digest "
@@ -173,7 +173,7 @@ def count(folder: Corpus, done: Sync) -> None:
     """Fills in what an export holds, from its indexes."""
     done.num_pieces = len(folder.names("index"))
     if done.num_pieces:
-        pattern = url_of(folder, folder.path("index", "*.parquet"))
+        pattern = exact_url_of(folder, folder.path("index")) + "/*.parquet"
         with engine(folder) as db:
             row = db.execute(
                 "select count(*) filter (problem is null), count(problem) "

@@ -260,9 +260,8 @@ def load_scorer(corpus: Corpus, author: Author) -> "ClipScorer":
 def _scorer_settings(corpus: Corpus) -> Iterator[dict[str, Any]]:
     """Yields the settings of models that runs scored with, newest run first, each once."""
     seen: list[dict[str, Any]] = []
-    for pattern in ("annotate.yaml", "pipeline.yaml"):
-        paths = [str(path) for path in corpus.fs.glob(corpus.path("runs", "*", pattern))]
-        for path in sorted(paths, reverse=True):
+    for name in ("annotate.yaml", "pipeline.yaml"):
+        for path in reversed(corpus.run_files(name)):
             try:
                 content = yaml.safe_load(corpus.fs.cat_file(path))
                 settings = content["stages"]["score"]["model"]

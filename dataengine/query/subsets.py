@@ -34,7 +34,7 @@ from dataengine.corpus import Corpus
 from dataengine.errors import ConfigError, CorpusError
 from dataengine.query.dedup import remove_duplicates
 from dataengine.query.percentiles import Percentile, resolve
-from dataengine.query.sql import connect, quoted, url_of
+from dataengine.query.sql import connect, exact_url_of, quoted, url_of
 
 SUBSET_SCHEMA = pa.schema(
     [("clip_id", pa.string()), ("video_id", pa.string()), *records.LOCATOR_FIELDS]
@@ -343,7 +343,7 @@ def _draw_mix(
     names = ", ".join(SUBSET_SCHEMA.names)
     db.execute(f"create temp table drawn as select {names} from clips limit 0")
     sources = {
-        part: f"read_parquet({quoted(url_of(corpus, corpus.subset_path(part)))})"
+        part: f"read_parquet({quoted(exact_url_of(corpus, corpus.subset_path(part)))})"
         for part in wanted.mix
     }
     every = " union ".join(f"select clip_id from {source}" for source in sources.values())

@@ -66,8 +66,7 @@ def _newest_run(corpus: Corpus) -> str:
 
 
 def _finished_runs(corpus: Corpus) -> list[str]:
-    paths = corpus.fs.glob(corpus.path("runs", "*", "funnel.json"))
-    return [str(path).split("/")[-2] for path in paths]
+    return [path.split("/")[-2] for path in corpus.run_files("funnel.json")]
 
 
 def _load(corpus: Corpus, run_id: str, name: str) -> Any:

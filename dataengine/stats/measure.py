@@ -384,9 +384,7 @@ def _funnel(db: duckdb.DuckDBPyConnection) -> Funnel:
 def _costs(corpus: Corpus) -> list[StageCost]:
     """Returns what stages took, the longest first; a run without readable metrics counts for nothing."""
     totals: dict[str, list[float]] = {}
-    for path in sorted(
-        str(path) for path in corpus.fs.glob(corpus.path("runs", "*", "metrics.json"))
-    ):
+    for path in corpus.run_files("metrics.json"):
         try:
             stages = json.loads(corpus.fs.cat_file(path))
         except (OSError, ValueError):
