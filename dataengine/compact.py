@@ -25,13 +25,14 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 
+import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dataengine.corpus import CatalogPart, Corpus, write_small
 from dataengine.errors import CorpusError
-from dataengine.query.sql import catalog_select, engine, quoted, schema_types
+from dataengine.query.sql import catalog_select, engine, explained, quoted, schema_types
 
 _GROWTH = 2
 """A segment is merged again once what is new holds more than 1/_GROWTH of its shards."""
@@ -71,7 +72,8 @@ def compact(
 
     Args:
         corpus: Others may read it and write to it meanwhile.
-        full: Merges everything into one segment.
+        full: Merges everything into one segment, from the shards' own catalog files: so it mends
+            merged files that are damaged.
         keep: Snapshots that stay readable, the new one included; readers that started on an older
             one need it until they end.
         memory: Memory of the sort, such as ``8GB``; what does not fit goes to the temporary folder.
@@ -85,13 +87,12 @@ def compact(
     with merging(corpus):
         stamps = corpus.catalog_stamps()
         names = corpus.names("compacted", ".json")
-        kept, stale = [], []
-        for segment in corpus.segments(names[-1]) if names else ():
-            held = _Segment.read(corpus, segment, stamps)
-            (kept if held.valid else stale).append(held)
+        segments = corpus.segments(names[-1]) if names and not full else ()
+        held = [_Segment.read(corpus, segment, stamps) for segment in segments]
+        kept = [segment for segment in held if segment.valid]
         owned = {name for segment in kept for name in segment.valid}
         new = stamps.keys() - owned
-        merged = kept if full else _to_merge(kept, len(new))
+        merged = _to_merge(kept, len(new))
         rest = [segment for segment in kept if segment not in merged]
         settled = len(merged) == 1 and not new and not merged[0].stale
         if (not new and not merged) or settled:
@@ -222,12 +223,15 @@ def _write(
     with engine(corpus, memory=memory) as db:
         rows = catalog_select(corpus, parts, schema_types(db, corpus.catalog_schema))
         # The sort is total, so the result does not depend on how many threads made it.
-        copied = db.execute(
-            f"copy ({rows} order by video_id, start_ms, clip_id) to {quoted(target)} (format parquet, "
-            f"compression zstd, row_group_size {_ROW_GROUP_ROWS}, file_size_bytes '{_FILE_BYTES}', "
-            "filename_pattern 'part-{i}', overwrite_or_ignore true)"
-        ).fetchone()
-        counted = db.execute(f"select count(*) from ({rows})").fetchone()
+        try:
+            copied = db.execute(
+                f"copy ({rows} order by video_id, start_ms, clip_id) to {quoted(target)} (format "
+                f"parquet, compression zstd, row_group_size {_ROW_GROUP_ROWS}, file_size_bytes "
+                f"'{_FILE_BYTES}', filename_pattern 'part-{{i}}', overwrite_or_ignore true)"
+            ).fetchone()
+            counted = db.execute(f"select count(*) from ({rows})").fetchone()
+        except duckdb.Error as error:
+            raise explained(db, error) from None
     files = sorted(filter(_is_part, map(str, corpus.fs.ls(folder, detail=False))))
     num_clips = sum(pq.read_metadata(path, filesystem=corpus.fs).num_rows for path in files)
     if copied is None or counted is None or not num_clips == copied[0] == counted[0]:
@@ -264,11 +268,19 @@ def _flush(path: str) -> None:
 
 
 def _sweep(corpus: Corpus, keep: int) -> None:
-    """Removes old snapshots, and segments that none of those left names."""
-    names = corpus.names("compacted", ".json")
-    for name in names[:-keep]:
-        corpus.fs.rm_file(corpus.path("compacted", f"{name}.json"))
-    used = {segment["name"] for name in names[-keep:] for segment in corpus.segments(name)}
+    """Removes old and damaged snapshots, and segments that none of those left names."""
+    used: set[str] = set()
+    num_kept = 0
+    for name in reversed(corpus.names("compacted", ".json")):
+        try:
+            segments = corpus.segments(name) if num_kept < keep else None
+        except CorpusError:
+            segments = None
+        if segments is None:
+            corpus.fs.rm_file(corpus.path("compacted", f"{name}.json"))
+        else:
+            num_kept += 1
+            used |= {segment["name"] for segment in segments}
     # Another merge of an object store may be writing its segment right now.
     oldest_ms = time.time() * 1000 - (0 if corpus.is_local else 24 * 3600 * 1000)
     for path in corpus.fs.ls(corpus.path("compacted"), detail=False):

@@ -40,6 +40,10 @@ _DROPS = "drops"
 """Takes the shard's place in the name of a videos part that goes with no shard."""
 
 
+MERGE_AGAIN = "merge it again from the shards' own files: dataengine compact CORPUS --full"
+"""What mends a damaged merged catalog."""
+
+
 class SupersededError(CorpusError):
     """Another run has taken the corpus over; this writer must not commit any more."""
 
@@ -389,7 +393,7 @@ class Corpus:
             snapshot: The catalog as it was when `compact` made this snapshot; empty: as it is now.
 
         Raises:
-            CorpusError: If there is no such snapshot.
+            CorpusError: If there is no such snapshot, or it is damaged.
         """
         snapshots = self.names("compacted", ".json")
         if snapshot and snapshot not in snapshots:
@@ -415,15 +419,36 @@ class Corpus:
         return parts
 
     def segments(self, snapshot: str) -> list[dict[str, Any]]:
-        """Returns the merged pieces of a snapshot: ``name``, ``files``, ``without``, ``num_clips``."""
-        name = self.path("compacted", f"{snapshot}.json")
-        return json.loads(cast(bytes, self.fs.cat_file(name)))["segments"]
+        """Returns the merged pieces of a snapshot: ``name``, ``files``, ``without``, ``num_clips``.
+
+        Raises:
+            CorpusError: If the snapshot is damaged.
+        """
+        name = f"compacted/{snapshot}.json"
+        content = cast(bytes, self.fs.cat_file(self.path(name)))
+        try:
+            segments = json.loads(content)["segments"]
+            whole = all({"name", "files", "without"} <= segment.keys() for segment in segments)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            whole = False
+        if not whole:
+            raise CorpusError(f"Damaged: {name} of {self.url}", MERGE_AGAIN)
+        return segments
 
     def covered(self, segment: str) -> dict[str, str]:
-        """Returns the shards that were merged into a segment, with their stamps of that time."""
-        with self.fs.open(self.path("compacted", segment, "shards.parquet"), "rb") as file:
-            table = pq.read_table(file)
-        return dict(zip(table["shard"].to_pylist(), table["stamp"].to_pylist(), strict=True))
+        """Returns the shards that were merged into a segment, with their stamps of that time.
+
+        Raises:
+            CorpusError: If the list of them is damaged.
+        """
+        name = f"compacted/{segment}/shards.parquet"
+        try:
+            with self.fs.open(self.path(name), "rb") as file:
+                table = pq.read_table(file)
+            shards, stamps = table["shard"].to_pylist(), table["stamp"].to_pylist()
+        except (OSError, KeyError, pa.ArrowException):
+            raise CorpusError(f"Damaged: {name} of {self.url}", MERGE_AGAIN) from None
+        return dict(zip(shards, stamps, strict=True))
 
     def catalog(self, columns: Sequence[str] | None = None) -> pa.Table:
         """Returns the catalog, or some columns of it.

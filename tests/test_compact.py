@@ -244,3 +244,56 @@ def test_a_merge_that_lost_rows_is_not_published(tmp_path, monkeypatch):
         compact(corpus)
     assert corpus.names("compacted", ".json") == []
     check(corpus)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("*/part-0.parquet", lambda content: content[: len(content) // 2]),
+        ("*/part-0.parquet", lambda content: content[:200] + bytes(1500) + content[1700:]),
+        ("*/part-0.parquet", None),
+        ("*/shards.parquet", lambda content: b"junk"),
+        ("*/shards.parquet", None),
+        ("*.json", lambda content: content[:40]),
+        ("*.json", lambda content: b'{"segments": [{"name": "x"}]}'),
+        ("*.json", lambda content: b"\xff\x00"),
+    ],
+)
+def test_a_damaged_merged_catalog_is_named_and_merged_again(tmp_path, name, damage):
+    corpus = small_corpus(tmp_path / "c", num_videos=5, num_clips=20)
+    compact(corpus)
+    (path,) = Path(corpus.path("compacted")).glob(name)
+    if damage:
+        path.write_bytes(damage(path.read_bytes()))
+    else:
+        path.unlink()
+    with pytest.raises(CorpusError, match="Damaged") as error:
+        seen(corpus)
+    # DuckDB does not always know which file it is.
+    assert any(f"dataengine {command}" in error.value.hint for command in ("compact", "verify"))
+    problems = verify(corpus).problems
+    assert any("compacted/" in p and "compact CORPUS --full" in p for p in problems), problems
+    compact(corpus, full=True)
+    check(corpus)
+    assert verify(corpus).problems == []
+    assert compact(corpus).num_clips == 0
+
+
+def test_a_damaged_snapshot_with_the_newest_name_is_swept(tmp_path):
+    corpus = small_corpus(tmp_path / "c", num_videos=3)
+    compact(corpus)
+    corpus.publish("compacted/zzz.json", lambda file: file.write(b"junk"))
+    compact(corpus, full=True)
+    assert len(corpus.names("compacted", ".json")) == 2
+    check(corpus)
+
+
+def test_a_merge_of_damaged_merged_files_says_how_to_mend_them(tmp_path):
+    corpus = small_corpus(tmp_path / "c", num_videos=3)
+    compact(corpus)
+    (path,) = Path(corpus.path("compacted")).glob("*/part-0.parquet")
+    path.write_bytes(b"junk" * 10)
+    add_videos(corpus, ["later0", "later1"])
+    with pytest.raises(CorpusError, match="Damaged") as error:
+        compact(corpus)
+    assert "dataengine compact CORPUS --full" in error.value.hint

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dataengine import records
-from dataengine.corpus import CatalogPart, Corpus
+from dataengine.corpus import MERGE_AGAIN, CatalogPart, Corpus
 from dataengine.errors import ConfigError, CorpusError, EngineError
 from dataengine.query.percentiles import Percentile, resolve
 
@@ -109,7 +109,9 @@ def _add_views(
     names = ("catalog", "videos", "compacted", "subsets")
     # What is asked for is checked as it is written, and so is what is found by it.
     folders = ", ".join(
-        quoted(url(corpus, corpus.path(name)) + "/") for name in names for url in (url_of, exact_url_of)
+        quoted(url(corpus, corpus.path(name)) + "/")
+        for name in names
+        for url in (url_of, exact_url_of)
     )
     db.execute(f"set allowed_directories = [{folders}]")
     db.execute("set enable_external_access = false")
@@ -328,11 +330,14 @@ def explained(db: duckdb.DuckDBPyConnection, error: Exception) -> EngineError:
     lines = str(error).strip().splitlines()
     message = next((line for line in lines if line.strip()), "it cannot be run")
     file = _FILE.search(message)
-    if isinstance(error, duckdb.IOException | duckdb.InvalidInputException) and file:
+    # Thrift, in which Parquet's headers are written, does not know the file.
+    if "TProtocolException" in message or (
+        isinstance(error, duckdb.IOException | duckdb.InvalidInputException) and file
+    ):
         return CorpusError(
             f"Damaged: the catalog cannot be read: {message}",
-            "merge it again from the shards' own files: dataengine compact CORPUS --full"
-            if file[1] == "compacted"
+            MERGE_AGAIN
+            if file and file[1] == "compacted"
             else "dataengine verify CORPUS names the files",
         )
     if isinstance(error, duckdb.OutOfMemoryException):

@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dataengine import records
-from dataengine.corpus import CatalogPart, Corpus
+from dataengine.corpus import MERGE_AGAIN, CatalogPart, Corpus
 from dataengine.errors import CorpusError, MediaError
 from dataengine.query.sql import catalog_select, connect, identifier, schema_types
 
@@ -100,8 +100,12 @@ def verify(
     if damaged:  # no question can be asked of the whole
         problems += damaged
     else:
-        num_clips, num_videos, found = _whole(corpus, chosen)
-        problems += found
+        try:
+            num_clips, num_videos, found = _whole(corpus, chosen)
+            problems += found
+        except CorpusError as error:  # of a file the footer alone can be read
+            damaged = [str(error), *_damaged(corpus, whole=True)]
+            problems += damaged
     checked_clips = 0
     for done, (count, found) in enumerate(_each_shard(corpus, chosen, decode, jobs), 1):
         checked_clips += count
@@ -182,18 +186,26 @@ def _files(corpus: Corpus) -> Iterator[str]:
             yield f"shard {name} is in the catalog but its file is missing"
 
 
-def _damaged(corpus: Corpus) -> Iterator[str]:
-    """Every file of the catalog and of the ledger is Parquet."""
+def _damaged(corpus: Corpus, whole: bool = False) -> Iterator[str]:
+    """Every file of the catalog and of the ledger is Parquet; ``whole`` reads more than the footers."""
     twins = [corpus.path("catalog", f"{name}.parquet") for name in corpus.names("catalog")]
-    merged = [path for part in corpus.catalog_parts() for path in part.files]
+    merged: list[str] = []
+    try:
+        merged = [path for part in corpus.catalog_parts() for path in part.files]
+        for snapshot in corpus.names("compacted", ".json"):
+            corpus.segments(snapshot)
+    except CorpusError as error:
+        yield f"{error}; {error.hint}"
 
     def problem(path: str) -> str | None:
         try:
-            with corpus.fs.open(path, "rb") as file:
-                pq.read_metadata(file)
+            with corpus.fs.open(path, "rb") as opened, pq.ParquetFile(opened) as file:
+                for _ in file.iter_batches() if whole else ():
+                    pass
         except (OSError, pa.ArrowException) as error:
-            name = "/".join(path.split("/")[-2:])
-            return f"{name} cannot be read: {str(error).splitlines()[0]}"
+            name = path.removeprefix(f"{corpus.root}/")
+            mend = f"; {MERGE_AGAIN}" if name.startswith("compacted/") else ""
+            return f"{name} cannot be read: {str(error).splitlines()[0]}{mend}"
         return None
 
     with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
@@ -228,7 +240,7 @@ def _merged(db: duckdb.DuckDBPyConnection, corpus: Corpus, shards: Sequence[str]
     ).fetchall()
     for shard, num_merged, num_twin in found:
         counts = f": {num_merged} clips instead of {num_twin}" if num_merged != num_twin else ""
-        yield f"shard {shard}: the merged catalog differs from its catalog file{counts}"
+        yield f"shard {shard}: the merged catalog differs from its catalog file{counts}; {MERGE_AGAIN}"
 
 
 def _whole(corpus: Corpus, shards: Sequence[str]) -> tuple[int, int, list[str]]:
