@@ -142,33 +142,41 @@ def merging(corpus: Corpus) -> Iterator[None]:
         yield
 
 
-def purge(corpus: Corpus, video_ids: Collection[str]) -> None:
+def purge(corpus: Corpus, video_ids: Collection[str]) -> list[str]:
     """Takes the rows of videos out of every merged file; call it with `merging` held.
 
     Readers do not see those rows once the catalog files have changed; this is for good.
+
+    Returns:
+        Names of damaged files, which may still hold them.
     """
     asked = pc.SetLookupOptions(pa.array(sorted(video_ids), pa.string()))
+    damaged = []
+    for path in sorted(map(str, corpus.fs.find(corpus.path("compacted"), maxdepth=2))):
+        if _is_part(path):
+            try:
+                _purge_file(corpus, path, asked)
+            except (OSError, KeyError, pa.ArrowException):
+                damaged.append(path.removeprefix(f"{corpus.root}/"))
+    return damaged
 
+
+def _purge_file(corpus: Corpus, path: str, asked: pc.SetLookupOptions) -> None:
     def is_asked(rows: pa.RecordBatch | pa.Table) -> pa.Array:
         return pc.call_function("is_in", [rows["video_id"]], asked)
 
-    for path in sorted(map(str, corpus.fs.find(corpus.path("compacted"), maxdepth=2))):
-        if not _is_part(path):
-            continue
-        with corpus.fs.open(path, "rb") as opened, pq.ParquetFile(opened) as file:
-            if not any(
-                is_asked(batch).true_count for batch in file.iter_batches(columns=["video_id"])
-            ):
-                continue
+    with corpus.fs.open(path, "rb") as opened, pq.ParquetFile(opened) as file:
+        if not any(is_asked(batch).true_count for batch in file.iter_batches(columns=["video_id"])):
+            return
 
-            def write(out: BinaryIO, file: pq.ParquetFile = file) -> None:
-                with pq.ParquetWriter(out, file.schema_arrow, compression="zstd") as writer:
-                    for group in range(file.metadata.num_row_groups):
-                        rows = file.read_row_group(group)
-                        rows = rows.filter(pc.call_function("invert", [is_asked(rows)]))
-                        writer.write_table(rows, row_group_size=_ROW_GROUP_ROWS)
+        def write(out: BinaryIO) -> None:
+            with pq.ParquetWriter(out, file.schema_arrow, compression="zstd") as writer:
+                for group in range(file.metadata.num_row_groups):
+                    rows = file.read_row_group(group)
+                    rows = rows.filter(pc.call_function("invert", [is_asked(rows)]))
+                    writer.write_table(rows, row_group_size=_ROW_GROUP_ROWS)
 
-            corpus.publish(path.removeprefix(f"{corpus.root}/"), write)
+        corpus.publish(path.removeprefix(f"{corpus.root}/"), write)
 
 
 # ------------------------------------------------------------------------------- pieces

@@ -8,6 +8,7 @@ command finishes the work. What stays is the source's name and video id with the
 """
 
 import contextlib
+import json
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from dataengine.corpus import Corpus, write_small, writer_options
 from dataengine.errors import CorpusError
 from dataengine.fetch.cache import forget
 from dataengine.plan import DUPLICATE
+from dataengine.query.subsets import DEFINITION
 from dataengine.report import write_report
 
 _KEPT_FACTS = (
@@ -50,8 +52,8 @@ def remove(corpus: Corpus, video_ids: Collection[str]) -> Removal:
         What this call found and took out: nothing is left when it is called again.
 
     Raises:
-        CorpusError: If the ledger does not know one of the ids (then nothing is touched), or another
-            run holds the corpus.
+        CorpusError: If the ledger does not know one of the ids (then nothing is touched), another
+            run holds the corpus, or, when all else is done, subsets or merged files are damaged.
     """
     asked = frozenset(video_ids)
     # A merge that read the catalog before would bring the rows back.
@@ -74,14 +76,25 @@ def remove(corpus: Corpus, video_ids: Collection[str]) -> Removal:
             after = pq.read_metadata(corpus.path(name), filesystem=corpus.fs).num_rows
             num_clips += before - after
             _blank(corpus, shard, ids)
-        purge(corpus, ids)
+        damaged = purge(corpus, ids)
         for name in corpus.names("subsets"):
             path = corpus.path("subsets", f"{name}.parquet")
-            _rewrite(corpus, path, None, lambda table: _without(table, ids))
+            try:
+                _rewrite(corpus, path, None, lambda table: _smaller(table, ids))
+            except (OSError, KeyError, pa.ArrowException):
+                damaged.append(f"subsets/{name}.parquet")
         _clean_runs(corpus, ids, runs)
         if corpus.is_local:
             for video_id in ids:
                 forget(corpus.path("cache"), video_id)
+    if damaged:
+        more = f" and {len(damaged) - 5} more" if len(damaged) > 5 else ""
+        raise CorpusError(
+            "The videos are out of everything but damaged files, which may still hold them: "
+            f"{', '.join(damaged[:5])}{more}",
+            "delete the subsets, merge the catalog again (dataengine compact CORPUS --full --keep 1), "
+            "and remove the videos again",
+        )
     return Removal(num_videos, num_clips, tuple(shards) if num_clips else ())
 
 
@@ -171,6 +184,22 @@ def _without(table: pa.Table, ids: frozenset[str]) -> pa.Table | None:
         names = [clip_id.rsplit("_", 2)[0] for clip_id in table["clip_id"].to_pylist()]
     keep = [name not in ids for name in names]
     return None if all(keep) else table.filter(pa.array(keep))
+
+
+def _smaller(table: pa.Table, ids: frozenset[str]) -> pa.Table | None:
+    """Returns a subset without the videos, and its definition saying so; None if all rows are to stay."""
+    kept = _without(table, ids)
+    if kept is None:
+        return None
+    metadata = dict(kept.schema.metadata or {})
+    with contextlib.suppress(KeyError, ValueError, TypeError):  # a foreign file has no definition
+        about = json.loads(metadata[DEFINITION])
+        about["num_removed"] = about.get("num_removed", 0) + table.num_rows - kept.num_rows
+        about["num_clips"] = kept.num_rows
+        if "video_id" in kept.column_names:
+            about["num_videos"] = len(kept["video_id"].unique())
+        metadata[DEFINITION] = json.dumps(about).encode()
+    return kept.replace_schema_metadata(metadata or None)
 
 
 def _blank(corpus: Corpus, shard: str, ids: frozenset[str]) -> None:

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from dataengine import records
 from dataengine.cli import app
 from dataengine.compact import compact
-from dataengine.corpus import Corpus, SupersededError, row_groups
+from dataengine.corpus import MERGE_AGAIN, Corpus, SupersededError, row_groups
 from dataengine.errors import CorpusError
 from dataengine.query.sql import connect
 from dataengine.query.verify import verify
@@ -313,12 +313,12 @@ def test_verify_compares_merged_files_with_what_they_stand_for(tmp_path):
 
     pq.write_table(replaced("caption", 3, "other"), merged)
     assert verify(corpus).problems == [
-        f"shard {shards[3]}: the merged catalog differs from its catalog file"
+        f"shard {shards[3]}: the merged catalog differs from its catalog file; {MERGE_AGAIN}"
     ]
     pq.write_table(table.slice(1), merged)
     problems = verify(corpus).problems
     assert (
-        f"shard {shards[0]}: the merged catalog differs from its catalog file: 1 clips instead of 2"
+        f"shard {shards[0]}: the merged catalog differs from its catalog file: 1 clips instead of 2; {MERGE_AGAIN}"
         in problems
     )
     pq.write_table(table.slice(2), merged)

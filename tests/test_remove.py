@@ -8,8 +8,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from dataengine import records
+from dataengine.compact import compact
 from dataengine.corpus import Corpus
 from dataengine.errors import CorpusError
+from dataengine.query.subsets import Definition, make_subset, read_definition
 from dataengine.query.verify import verify
 from dataengine.remove import remove
 from tests.helpers import MP4, clip_row, clips_table, ledger_row
@@ -155,3 +157,57 @@ def test_copies_of_a_removed_video_are_forgotten_too(corpus):
     assert _everything(corpus) == []
     statuses = {row["source"]: row["status"] for row in corpus.videos().to_pylist()}
     assert statuses["/copy.mp4"] == "removed"
+
+
+def test_a_damaged_subset_stops_nothing_else_and_is_named(corpus):
+    junk = Path(corpus.path("subsets", "bad.parquet"))
+    junk.write_bytes(b"junk")
+    (Path(corpus.path("subsets", "no_ids.parquet"))).write_bytes(b"")
+    compact(corpus)
+    (merged,) = Path(corpus.path("compacted")).glob("*/part-0.parquet")
+    good = merged.read_bytes()
+    merged.write_bytes(good[:-10])
+    with pytest.raises(
+        CorpusError, match=r"subsets/bad\.parquet, subsets/no_ids\.parquet"
+    ) as error:
+        remove(corpus, ["gone", "gone2"])
+    assert merged.name in str(error.value)
+    assert "dataengine compact CORPUS --full --keep 1" in error.value.hint
+    merged.unlink()
+    junk.unlink()
+    Path(corpus.path("subsets", "no_ids.parquet")).unlink()
+    assert _everything(corpus) == []
+    compact(corpus, full=True, keep=1)
+    remove(corpus, ["gone", "gone2"])
+    assert verify(corpus).problems == []
+
+
+def test_a_subset_says_how_many_clips_it_holds_after_a_removal(corpus):
+    make_subset(corpus, "all", Definition())
+    remove(corpus, ["gone"])
+    about = read_definition(corpus, "all")
+    assert (about["num_clips"], about["num_videos"], about["num_removed"]) == (6, 3, 2)
+    remove(corpus, ["gone2"])
+    about = read_definition(corpus, "all")
+    assert (about["num_clips"], about["num_videos"], about["num_removed"]) == (4, 2, 4)
+    assert about["definition"]["order"] == "uniform"
+
+
+def test_verify_names_subsets_that_the_catalog_does_not_bear_out(corpus):
+    make_subset(corpus, "good", Definition())
+    assert verify(corpus).problems == []
+    rows = pq.read_table(corpus.path("subsets", "good.parquet"))
+    moved = rows.set_column(rows.column_names.index("row"), "row", pa.array([9] * 8, pa.int32()))
+    elsewhere = pa.table({"clip_id": ["a_0_500", "nosuch_0_500"]})
+    for name, table in {"moved": moved, "other": elsewhere, "odd": pa.table({"x": [1]})}.items():
+        pq.write_table(table, corpus.path("subsets", f"{name}.parquet"))
+    Path(corpus.path("subsets", "bad.parquet")).write_bytes(b"junk")
+    problems = verify(corpus).problems
+    assert [problem.partition(" ")[2].partition(";")[0] for problem in problems[1:3]] == [
+        "moved: 8 of its clips are not in their places in the catalog, such as a_0_500",
+        "has no column clip_id",
+    ]
+    assert "bad.parquet cannot be read" in problems[0]
+    assert "other: 1 of its clips" in problems[3]
+    assert "nosuch_0_500" in problems[3]
+    assert len(problems) == 4

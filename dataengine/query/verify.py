@@ -26,8 +26,15 @@ import pyarrow.parquet as pq
 
 from dataengine import records
 from dataengine.corpus import MERGE_AGAIN, CatalogPart, Corpus
-from dataengine.errors import CorpusError, MediaError
-from dataengine.query.sql import catalog_select, connect, identifier, schema_types
+from dataengine.errors import CorpusError, EngineError, MediaError
+from dataengine.query.sql import (
+    catalog_select,
+    connect,
+    exact_url_of,
+    identifier,
+    quoted,
+    schema_types,
+)
 
 _MOST_PROBLEMS = 50
 """Problems reported of one kind; a broken corpus has millions."""
@@ -106,6 +113,7 @@ def verify(
         except CorpusError as error:  # of a file the footer alone can be read
             damaged = [str(error), *_damaged(corpus, whole=True)]
             problems += damaged
+    problems += _subsets(corpus, ask=not damaged)
     checked_clips = 0
     for done, (count, found) in enumerate(_each_shard(corpus, chosen, decode, jobs), 1):
         checked_clips += count
@@ -211,6 +219,36 @@ def _damaged(corpus: Corpus, whole: bool = False) -> Iterator[str]:
     with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
         paths = list(dict.fromkeys([*twins, *merged, *corpus.video_parts()]))
         yield from filter(None, pool.map(problem, paths))
+
+
+def _subsets(corpus: Corpus, *, ask: bool) -> Iterator[str]:
+    """Every subset is Parquet, and the catalog holds its clips; ``ask`` reads the catalog for each."""
+    for name in corpus.names("subsets"):
+        path = corpus.path("subsets", f"{name}.parquet")
+        try:
+            with corpus.fs.open(path, "rb") as file:
+                columns = pq.read_schema(file).names
+            if "clip_id" not in columns:
+                yield f"subsets/{name}.parquet has no column clip_id"
+                continue
+            if not ask:
+                continue
+            keys = ["clip_id", *(key for key, _ in records.LOCATOR_FIELDS)]
+            # A file that was made elsewhere may have no locators.
+            using = ", ".join(keys if set(keys) <= set(columns) else keys[:1])
+            with connect(corpus) as db:
+                row = db.execute(
+                    f"select count(*), min(clip_id) from read_parquet({quoted(exact_url_of(corpus, path))}) "
+                    f"anti join clips using ({using})"
+                ).fetchone()
+        except (OSError, pa.ArrowException, EngineError) as error:
+            yield f"subsets/{name}.parquet cannot be read: {str(error).splitlines()[0]}"
+            continue
+        if row and row[0]:
+            yield (
+                f"subset {name}: {row[0]} of its clips are not in their places in the catalog, such "
+                f"as {row[1]}; draw it again"
+            )
 
 
 def _merged(db: duckdb.DuckDBPyConnection, corpus: Corpus, shards: Sequence[str]) -> Iterator[str]:
@@ -519,11 +557,17 @@ def _media(row: dict[str, Any], decode: bool) -> Iterator[str]:
 
 def _decoded(mp4: bytes, frames: list[bytes], duration_ms: int) -> Iterator[str]:
     """Every frame of the clip decodes and lies inside it, and every JPEG decodes."""
-    from dataengine import media
+    from dataengine import cut, media
 
     try:
         with media.VideoReader(mp4) as reader:
             times_ms = [media.floor_ms(frame.time_us) for frame in reader]
+        num_shown = len(cut.read_timeline(mp4).video_us)
+        if reader.num_errors or reader.truncated:
+            broken = " and the file breaks off" if reader.truncated else ""
+            yield f"{reader.num_errors} packets of the video do not decode{broken}"
+        if len(times_ms) < num_shown:
+            yield f"{len(times_ms)} of the video's {num_shown} frames decode"
         if not times_ms:
             yield "no frame of the video decodes"
         elif times_ms[0] < 0 or times_ms[-1] > duration_ms:
