@@ -426,11 +426,12 @@ class Corpus:
         """
         name = f"compacted/{snapshot}.json"
         content = cast(bytes, self.fs.cat_file(self.path(name)))
+        segments, whole = [], False
         try:
             segments = json.loads(content)["segments"]
             whole = all({"name", "files", "without"} <= segment.keys() for segment in segments)
         except (ValueError, KeyError, TypeError, AttributeError):
-            whole = False
+            pass
         if not whole:
             raise CorpusError(f"Damaged: {name} of {self.url}", MERGE_AGAIN)
         return segments

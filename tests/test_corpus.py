@@ -3,12 +3,13 @@ import json
 import math
 import os
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from dataengine import records
+from dataengine import media, records
 from dataengine.cli import app
 from dataengine.compact import compact
 from dataengine.corpus import MERGE_AGAIN, Corpus, SupersededError, row_groups
@@ -16,6 +17,7 @@ from dataengine.errors import CorpusError
 from dataengine.query.sql import connect
 from dataengine.query.verify import verify
 from dataengine.remove import remove
+from tests import media_factory
 from tests.helpers import MP4, clip_row, clips_table, ledger_row, small_corpus
 
 
@@ -25,9 +27,9 @@ def test_a_committed_corpus_reads_back_and_verifies(tmp_path):
     assert catalog.num_rows == 6
     assert catalog["clip_id"].to_pylist()[0].startswith("video")
     row = catalog.to_pylist()[3]
-    media = corpus.read_clip(row, ["clip_id", "video"])
-    assert media["clip_id"] == row["clip_id"]
-    assert media["video"]["bytes"] == MP4
+    clip = corpus.read_clip(row, ["clip_id", "video"])
+    assert clip["clip_id"] == row["clip_id"]
+    assert clip["video"]["bytes"] == MP4
     result = verify(corpus)
     assert result.problems == []
     assert (result.num_shards, result.num_clips, result.num_videos) == (3, 6, 3)
@@ -393,3 +395,33 @@ def test_a_number_that_is_none_is_stored_as_no_number(tmp_path):
     corpus.commit(clips_table(rows), [ledger_row("v", rows)], run_id="r-1", fingerprint="f")
     assert corpus.catalog(["clip_score"])["clip_score"].to_pylist() == [0.5, None, None, None, None]
     assert verify(corpus).problems == []
+
+
+def test_decoding_finds_damage_that_players_hide(tmp_path):
+    """Packets that do not decode, pictures that were made up, a file that breaks off."""
+    path = media_factory.make_video(tmp_path / "v.mp4", (35, 35), index_first=True)
+    good = path.read_bytes()
+    jpeg = media.jpeg_encode(np.zeros((240, 320, 3), np.uint8))
+    with media.open_container(good) as container:
+        packets = list(media.video_stream(container).index_entries)
+    assert len(packets) == 70
+    zeroed = bytearray(good)
+    for packet in packets[40:55]:
+        zeroed[packet.pos : packet.pos + packet.size] = bytes(packet.size)
+    made_up = bytearray(good)
+    largest = max(packets, key=lambda packet: packet.size)
+    middle = largest.pos + largest.size // 2
+    made_up[middle : largest.pos + largest.size] = b"\x55" * (largest.size - largest.size // 2)
+    cut_off = good[: packets[50].pos]
+    problems = {}
+    for name, mp4 in {"good": good, "zeroed": zeroed, "made_up": made_up, "cut": cut_off}.items():
+        corpus = Corpus.create(str(tmp_path / name))
+        corpus.take_over("r-1")
+        video = {"bytes": bytes(mp4), "path": None}
+        row = clip_row("v", 0, 2800, video=video, frames=[jpeg], frame_ms=[0])
+        corpus.commit(clips_table([row]), [ledger_row("v", [row])], run_id="r-1", fingerprint="f")
+        problems[name] = " ".join(verify(corpus, decode=True).problems)
+    assert problems["good"] == ""
+    assert "of the video's 70 frames decode" in problems["zeroed"]
+    assert "decode with errors" in problems["made_up"] or "do not decode" in problems["made_up"]
+    assert "20 of 70 packets of the video are cut off" in problems["cut"]

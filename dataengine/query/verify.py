@@ -561,8 +561,17 @@ def _decoded(mp4: bytes, frames: list[bytes], duration_ms: int) -> Iterator[str]
 
     try:
         with media.VideoReader(mp4) as reader:
-            times_ms = [media.floor_ms(frame.time_us) for frame in reader]
+            shown = [(media.floor_ms(f.time_us), f.picture.is_corrupt) for f in reader]
+        times_ms = [time_ms for time_ms, _ in shown]
         num_shown = len(cut.read_timeline(mp4).video_us)
+        with media.open_container(mp4) as container:
+            packets = media.video_stream(container).index_entries
+            num_cut_off = sum(packet.pos + packet.size > len(mp4) for packet in packets)
+        if num_cut_off:
+            yield f"{num_cut_off} of {len(packets)} packets of the video are cut off"
+        if num_corrupt := sum(is_corrupt for _, is_corrupt in shown):
+            # What the decoder has made up for lost macroblocks.
+            yield f"{num_corrupt} of {len(shown)} frames decode with errors"
         if reader.num_errors or reader.truncated:
             broken = " and the file breaks off" if reader.truncated else ""
             yield f"{reader.num_errors} packets of the video do not decode{broken}"
