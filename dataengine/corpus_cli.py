@@ -189,7 +189,12 @@ def subset(
 @corpus_app.command()
 def compact(
     corpus: CorpusArgument,
-    full: Annotated[bool, typer.Option(help="Merge everything into one piece.")] = False,
+    full: Annotated[
+        bool,
+        typer.Option(
+            help="Merge everything anew, from the shards' own files; mends damaged merged files."
+        ),
+    ] = False,
     keep: Annotated[int, typer.Option(min=1, help="Snapshots that stay readable.")] = 2,
     memory: MemoryOption = None,
 ) -> None:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dataengine.errors import CorpusError
+from dataengine.query.sql import exact, quoted
 from dataengine.records import REMOVED
 
 
@@ -72,12 +73,12 @@ def measure(ledger_parts: Sequence[str], listed: Path, num_listed: int) -> Funne
     Raises:
         CorpusError: If a source has no ending: in != kept + dropped.
     """
-    parts = ", ".join("'" + str(part).replace("'", "''") + "'" for part in ledger_parts)
+    parts = ", ".join(quoted(exact(part)) for part in ledger_parts)
     with duckdb.connect() as db:
         db.execute(
             "create table videos as select distinct on (source) * from "
             f"(select * from read_parquet([{parts}]) semi join "
-            f"(select source from read_parquet('{str(listed).replace(chr(39), chr(39) * 2)}')) "
+            f"(select source from read_parquet({quoted(exact(listed))})) "
             "using (source)) order by source, finished_ms desc"
         )
         hours = f"coalesce(sum(duration_ms), 0) / {_MS_PER_HOUR}"

@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from dataengine import lists, records
 from dataengine.errors import ConfigError, CorpusError
+from dataengine.query.sql import exact, quoted
 from dataengine.sources import (
     BAD_ID,
     BAD_NAME,
@@ -307,7 +308,7 @@ def _recorded_rows(
             )
         if "spans" in pq.read_schema(path).names:
             db.execute(
-                f"insert into given select source, spans from read_parquet('{_quoted(path)}') "
+                f"insert into given select source, spans from read_parquet({quoted(exact(path))}) "
                 "join again using (source) where run_id = ?",
                 [run],
             )
@@ -342,7 +343,7 @@ def _load_ledger(db: duckdb.DuckDBPyConnection, ledger_parts: Sequence[str]) -> 
         "file_bytes as ledger_bytes, video_id, run_id, finished_ms"
     )
     if ledger_parts:
-        parts = ", ".join(f"'{_quoted(part)}'" for part in ledger_parts)
+        parts = ", ".join(quoted(exact(part)) for part in ledger_parts)
         origin = f"read_parquet([{parts}])"
     else:
         origin = "empty_ledger"
@@ -357,7 +358,7 @@ def _load_listed(db: duckdb.DuckDBPyConnection, folder: Path) -> None:
     """Makes the tables ``listed`` (a row per source) and ``exclusions``, and the view ``rows``."""
     db.execute(
         "create view rows as select *, file_row_number as position from "
-        f"read_parquet('{_quoted(folder / 'rows.parquet')}', file_row_number = true)"
+        f"read_parquet({quoted(exact(folder / 'rows.parquet'))}, file_row_number = true)"
     )
     # A source may come with a version from a folder and without one from a list.
     db.execute(
@@ -369,7 +370,7 @@ def _load_listed(db: duckdb.DuckDBPyConnection, folder: Path) -> None:
     )
     db.execute(
         "create table exclusions as select distinct * from "
-        f"read_parquet('{_quoted(folder / 'exclusions.parquet')}')"
+        f"read_parquet({quoted(exact(folder / 'exclusions.parquet'))})"
     )
     db.execute(
         "create table matches as select source, min(list) as list from ("

@@ -10,6 +10,7 @@ import tempfile
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 import duckdb
@@ -365,7 +366,12 @@ def url_of(corpus: Corpus, path: str) -> str:
 
 def exact_url_of(corpus: Corpus, path: str) -> str:
     """Returns what ``read_parquet`` reads this one path by: ``*``, ``?`` and ``[`` stand for themselves."""
-    return re.sub(r"[*?[]", r"[\g<0>]", url_of(corpus, path))
+    return exact(url_of(corpus, path))
+
+
+def exact(path: str | Path) -> str:
+    """Returns a path in which DuckDB takes ``*``, ``?`` and ``[`` for themselves."""
+    return re.sub(r"[*?[]", r"[\g<0>]", str(path))
 
 
 def identifier(name: str) -> str:
