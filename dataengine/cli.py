@@ -166,16 +166,22 @@ def annotate(
         f"{result.num_clips:,} clips in {result.num_shards:,} shards annotated after "
         f"{result.seconds:.0f} s: {columns}",
         highlight=False,
+        markup=False,
         soft_wrap=True,
     )
     for name, num_clips in result.skipped.items():
-        LIVE.print(f"{name}: {num_clips:,} clips could not be worked on and stay", highlight=False)
+        LIVE.print(
+            f"{name}: {num_clips:,} clips could not be worked on and stay",
+            highlight=False,
+            markup=False,
+        )
     say_alarms(Corpus.open(corpus), LIVE, chosen.columns)
     if not suffix and "caption_video" in stage and "fuse" not in stage:
         LIVE.print(
             "Training reads the column caption, which the stage fuse writes: add --stage fuse to "
             "bring it up to date, or train with data.caption=caption_video.",
             highlight=False,
+            markup=False,
         )
 
 
@@ -284,7 +290,9 @@ def plan(
         forecast.show(result, console(sys.stdout))
     if corpus:
         path = forecast.store(result, corpus)
-        LIVE.print(f"Kept for the run's report: {path}", highlight=False, soft_wrap=True)
+        LIVE.print(
+            f"Kept for the run's report: {path}", highlight=False, markup=False, soft_wrap=True
+        )
 
 
 @contextlib.contextmanager
@@ -313,15 +321,16 @@ def _say_result(result: "RunResult", corpus: str) -> None:
     failed = result.funnel.failed_videos
     if result.run_id is None:
         ended = "Nothing to do: every source has ended in this corpus before."
-        LIVE.print(ended, highlight=False, soft_wrap=True)
+        LIVE.print(ended, highlight=False, markup=False, soft_wrap=True)
     else:
         LIVE.print(
             f"{result.funnel.kept_clips:,} clips in {corpus} after {result.seconds:.0f} s.",
             highlight=False,
+            markup=False,
             soft_wrap=True,
         )
         report = f"{corpus.rstrip('/')}/runs/{result.run_id}/report.html"
-        LIVE.print(f"Report:  {report}", highlight=False, soft_wrap=True)
+        LIVE.print(f"Report:  {report}", highlight=False, markup=False, soft_wrap=True)
         say_alarms(Corpus.open(corpus), LIVE)
     if failed:
         LIVE.print(
@@ -357,7 +366,11 @@ def demo(
             seed=seed,
             progress=lambda done, _: bars.update(task, completed=done),
         )
-    LIVE.print(f"{num_videos} videos in {directory}, what is in them in {truth}", highlight=False)
+    LIVE.print(
+        f"{num_videos} videos in {directory}, what is in them in {truth}",
+        highlight=False,
+        markup=False,
+    )
 
 
 @app.command()
@@ -377,6 +390,7 @@ def remove(
         f"Removed: {removal.num_videos:,} videos, {removal.num_clips:,} clips, "
         f"{len(removal.shards):,} shards rewritten.",
         highlight=False,
+        markup=False,
     )
     for out in exports_of(Corpus.open(corpus)):
         LIVE.print(
@@ -396,7 +410,9 @@ def report(
     from dataengine.corpus import Corpus
     from dataengine.report import write_report
 
-    LIVE.print(write_report(Corpus.open(corpus), run), highlight=False, soft_wrap=True)
+    LIVE.print(
+        write_report(Corpus.open(corpus), run), highlight=False, markup=False, soft_wrap=True
+    )
 
 
 def _show_version(wanted: bool) -> None:

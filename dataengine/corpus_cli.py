@@ -174,7 +174,7 @@ def subset(
     )
     _say_percentiles(made.percentiles)
     for kind, count in made.removed.items():
-        LIVE.print(f"{count:,} {kind} duplicates removed.", highlight=False)
+        LIVE.print(f"{count:,} {kind} duplicates removed.", highlight=False, markup=False)
     short = num_clips is not None and made.num_clips < num_clips
     LIVE.print(
         f"{made.num_clips:,} clips of {made.num_videos:,} videos, out of {made.num_candidates:,} "
@@ -204,12 +204,13 @@ def compact(
 
     done = run_compact(Corpus.open(corpus), full=full, keep=keep, memory=memory)
     if not done.num_clips:
-        LIVE.print("Nothing to merge.", highlight=False)
+        LIVE.print("Nothing to merge.", highlight=False, markup=False)
         return
     LIVE.print(
         f"{done.num_clips:,} clips of {done.num_shards:,} shards merged in {done.seconds:.1f} s; the "
         f"catalog is {done.num_files:,} files now. Snapshot {done.snapshot}.",
         highlight=False,
+        markup=False,
     )
 
 
@@ -314,9 +315,14 @@ def export(
             f"Written now: {done.sync.num_written:,} clips; {done.sync.added:,} new files, "
             f"{len(done.sync.rewritten):,} written again, {len(done.sync.removed):,} removed.",
             highlight=False,
+            markup=False,
         )
     if done.counts.get("problems"):
-        LIVE.print(f"Why clips were left out: column problem of {out}/index.", highlight=False)
+        LIVE.print(
+            f"Why clips were left out: column problem of {out}/index.",
+            highlight=False,
+            markup=False,
+        )
 
 
 @corpus_app.command("import")
@@ -332,6 +338,7 @@ def import_export(
         f"{done.num_clips:,} clips of {done.num_videos:,} videos in {done.num_shards:,} shards; "
         f"{done.num_known:,} videos were there already.",
         highlight=False,
+        markup=False,
     )
 
 
@@ -400,12 +407,14 @@ def verify(
             f"Looked into {result.checked_shards:,} of {result.num_shards:,} shards ({share:.3g} %, "
             f"{result.checked_clips:,} clips); catalog and ledger were checked whole.",
             highlight=False,
+            markup=False,
             soft_wrap=True,
         )
     LIVE.print(
         f"{result.num_clips:,} clips in {result.num_shards:,} shards, {result.num_videos:,} sources: "
         + (f"{len(result.problems):,} problems" if result.problems else "all in order"),
         highlight=False,
+        markup=False,
     )
     raise typer.Exit(1 if result.problems else 0)
 
@@ -443,7 +452,9 @@ def _say_percentiles(percentiles: "tuple[Percentile, ...]") -> None:
 
 def _say_without(num_clips: int, outcome: str) -> None:
     if num_clips:
-        LIVE.print(f"{num_clips:,} clips have no embedding and {outcome}.", highlight=False)
+        LIVE.print(
+            f"{num_clips:,} clips have no embedding and {outcome}.", highlight=False, markup=False
+        )
 
 
 def _weights(text: str) -> dict[str, float]:

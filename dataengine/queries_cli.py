@@ -110,11 +110,19 @@ def build(
         about["extraction"] = notes | {"settings": extract.model_dump()}
     merged, ended = q.merge(found, settings)
     record = q.write_queries(output, merged, ended, about, report)
-    LIVE.print(f"{len(merged):,} queries in {output} from {len(found):,} labels", highlight=False)
+    LIVE.print(
+        f"{len(merged):,} queries in {output} from {len(found):,} labels",
+        highlight=False,
+        markup=False,
+    )
     for outcome, number in record["outcomes"].items():
-        LIVE.print(f"  {outcome.replace('_', ' ')}: {number:,}", highlight=False)
+        LIVE.print(f"  {outcome.replace('_', ' ')}: {number:,}", highlight=False, markup=False)
     for reason, number in about.get("extraction", {}).get("failed_pieces", {}).items():
-        LIVE.print(f"  pieces of text without an answer, {reason}: {number:,}", highlight=False)
+        LIVE.print(
+            f"  pieces of text without an answer, {reason}: {number:,}",
+            highlight=False,
+            markup=False,
+        )
 
 
 def discover(
@@ -177,6 +185,7 @@ def discover(
         f"{record['num_videos']:,} videos in {output} from {record['num_searches']:,} searches"
         + (f"; left out: {out}" if out else ""),
         highlight=False,
+        markup=False,
     )
     sets = " ".join(f"--set {override}" for override in record["ingest_set"])
     LIVE.print(
