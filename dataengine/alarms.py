@@ -18,7 +18,8 @@ from pydantic import Field
 from rich.console import Console
 
 from dataengine.corpus import Corpus
-from dataengine.query.sql import connect, quoted
+from dataengine.query.literals import quoted
+from dataengine.query.sql import connect, first_row
 from dataengine.stage import Settings
 
 FAILED, FALLBACK = "failed", "template"
@@ -158,7 +159,7 @@ def check_captions(corpus: Corpus, settings: AlarmSettings | None = None) -> Cap
     """
     settings = settings or AlarmSettings()
     with connect(corpus) as db:
-        num_clips = _number(db, "select count(*) from clips")
+        (num_clips,) = first_row(db, "select count(*) from clips")
         num_looked_at = _look_at(db, num_clips)
         measured = (
             _texts(db, field.name, settings)
@@ -196,7 +197,7 @@ def _look_at(db: duckdb.DuckDBPyConnection, num_clips: int) -> int:
         if bound and bound[0] is not None:
             condition = f" where video_id <= {quoted(bound[0])}"
     db.execute(f"create temp view looked_at as select * from clips{condition}")
-    return _number(db, "select count(*) from looked_at") if condition else num_clips
+    return first_row(db, "select count(*) from looked_at")[0] if condition else num_clips
 
 
 # ---------------------------------------------------------------------------------------- texts
@@ -215,10 +216,10 @@ def _texts(db: duckdb.DuckDBPyConnection, column: str, settings: AlarmSettings) 
         f"from (select {plain} as text from looked_at) where text <> '' group by bucket",
         [_BUCKETS],
     )
-    num_clips = _number(db, "select coalesce(sum(num), 0) from buckets")
+    (num_clips,) = first_row(db, "select coalesce(sum(num), 0)::bigint from buckets")
     exact = num_clips <= 100_000
     distinct = "count(distinct text)" if exact else "approx_count_distinct(text)"
-    num_texts = _number(
+    (num_texts,) = first_row(
         db, f"select {distinct} from (select {plain} as text from looked_at) where text <> ''"
     )
     rows = db.execute(
@@ -249,12 +250,6 @@ def _texts(db: duckdb.DuckDBPyConnection, column: str, settings: AlarmSettings) 
         for text, num, num_videos, clip_ids in rows
     ]
     return ColumnTexts(column, num_clips, num_texts, tuple(repeated))
-
-
-def _number(db: duckdb.DuckDBPyConnection, sql: str) -> int:
-    row = db.execute(sql).fetchone()
-    assert row is not None
-    return int(row[0])
 
 
 def _text_sentence(texts: ColumnTexts) -> str:

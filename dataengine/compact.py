@@ -32,7 +32,8 @@ import pyarrow.parquet as pq
 
 from dataengine.corpus import CatalogPart, Corpus, write_small
 from dataengine.errors import CorpusError
-from dataengine.query.sql import catalog_select, engine, explained, quoted, schema_types
+from dataengine.query.literals import quoted
+from dataengine.query.sql import catalog_select, engine, explained, schema_types
 
 _GROWTH = 2
 """A segment is merged again once what is new holds more than 1/_GROWTH of its shards."""

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dataengine.errors import CorpusError
-from dataengine.query.sql import exact, quoted
+from dataengine.query.literals import exact, quoted
 from dataengine.records import REMOVED
 
 

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from dataengine import lists, records
 from dataengine.errors import ConfigError, CorpusError
-from dataengine.query.sql import exact, quoted
+from dataengine.query.literals import exact, quoted
 from dataengine.sources import (
     BAD_ID,
     BAD_NAME,
@@ -332,7 +332,7 @@ def _database(folder: Path) -> duckdb.DuckDBPyConnection:
     """Returns a database that lies in a folder, and spills there what does not fit in memory."""
     db = duckdb.connect(str(folder / "plan.duckdb"))
     db.execute(f"set memory_limit = '{_MEMORY}'")
-    db.execute(f"set temp_directory = '{_quoted(folder / 'spill')}'")
+    db.execute(f"set temp_directory = {quoted(folder / 'spill')}")
     return db
 
 
@@ -462,7 +462,7 @@ def _write_plan(db: duckdb.DuckDBPyConnection, folder: Path, counts: Sequence[in
     """Writes the two lists; ``counts`` are the plan's changed, other_settings and kept_excluded."""
     listed, todo = folder / "sources.parquet", folder / "todo.parquet"
     db.execute(
-        f"copy (select source from listed order by position) to '{_quoted(listed)}' (format parquet)"
+        f"copy (select source from listed order by position) to {quoted(listed)} (format parquet)"
     )
     answer = db.execute(
         "select todo.position, todo.source, todo.source_version, todo.file_bytes, "
@@ -574,8 +574,3 @@ def _row(db: duckdb.DuckDBPyConnection, sql: str, values: Sequence[Any] = ()) ->
     row = db.execute(sql, list(values)).fetchone()
     assert row is not None
     return tuple(int(value) for value in row)
-
-
-def _quoted(path: str | Path) -> str:
-    """Returns a path for use inside single quotes in SQL."""
-    return str(path).replace("'", "''")

@@ -34,7 +34,7 @@ from dataengine.export.pieces import (
 )
 from dataengine.export.selection import PLACE_SCHEMA, Choice
 from dataengine.export.settings import ExportSettings
-from dataengine.query.sql import quoted
+from dataengine.query.literals import quoted
 
 ROW_GROUP_BYTES = 32 << 20
 """Media of a row group, as in shards."""

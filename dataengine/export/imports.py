@@ -26,7 +26,8 @@ from dataengine.corpus import Corpus, media_bytes
 from dataengine.errors import ConfigError, CorpusError
 from dataengine.export.run import read_record
 from dataengine.progress import ProgressDisplay, Snapshot
-from dataengine.query.sql import engine, exact_url_of, quoted
+from dataengine.query.literals import quoted
+from dataengine.query.sql import engine, exact_url_of
 
 SHARD_BYTES = 256 << 20
 """Media after which a shard is committed, at the end of a video."""

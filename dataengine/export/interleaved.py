@@ -30,7 +30,7 @@ from dataengine.corpus import Corpus
 from dataengine.export.pieces import Report, remove_file
 from dataengine.export.selection import Choice
 from dataengine.export.settings import ExportSettings
-from dataengine.query.sql import identifier
+from dataengine.query.literals import identifier
 
 PART_STRUCT = pa.struct(
     [

@@ -17,7 +17,7 @@ import pyarrow as pa
 from dataengine.export.pieces import Report
 from dataengine.export.selection import Choice, where_clause
 from dataengine.export.settings import ExportSettings
-from dataengine.query.sql import identifier, quoted
+from dataengine.query.literals import identifier, quoted
 from dataengine.records import YOUTUBE_ID
 
 COLUMNS = (

@@ -29,7 +29,8 @@ import pyarrow.parquet as pq
 from dataengine.corpus import Corpus, write_small
 from dataengine.export.clips import ClipStream
 from dataengine.export.selection import PLACE_SCHEMA, read_places
-from dataengine.query.sql import engine, exact_url_of, quoted
+from dataengine.query.literals import quoted
+from dataengine.query.sql import engine, exact_url_of
 
 INDEX_SCHEMA = pa.schema(
     [pa.field("piece", pa.string()), *PLACE_SCHEMA, pa.field("problem", pa.string())]

@@ -15,7 +15,7 @@ from dataengine import records
 from dataengine.corpus import Corpus
 from dataengine.errors import ConfigError
 from dataengine.export.settings import ExportSettings
-from dataengine.query import sql
+from dataengine.query.literals import identifier
 from dataengine.query.percentiles import resolve
 
 PLACE_SCHEMA = pa.schema(
@@ -72,7 +72,7 @@ def choose(
         if settings.min_aesthetic > 0:
             conditions.append(f"aesthetic_score >= {settings.min_aesthetic!r}")
         conditions.append(f"duration_ms >= {round(settings.min_seconds * 1000)}")
-        conditions.append(f"{sql.identifier(settings.caption)} <> ''")
+        conditions.append(f"{identifier(settings.caption)} <> ''")
     return Choice(" and ".join(f"({part}\n)" for part in conditions if part), before)
 
 
@@ -85,7 +85,7 @@ def write_places(db: duckdb.DuckDBPyConnection, choice: Choice, path: str) -> in
     """Writes PLACE_SCHEMA of the chosen clips to a local file, in order; returns their number."""
     columns = [row[0] for row in db.execute("select column_name from (describe clips)").fetchall()]
     places = [name for name, _ in records.LOCATOR_FIELDS]
-    content = ", ".join(sql.identifier(name) for name in columns if name not in places)
+    content = ", ".join(identifier(name) for name in columns if name not in places)
     reader = db.sql(
         f"select clip_id, shard, row_group, row, hash({content}) as digest "
         f"from clips{where_clause(choice)} order by shard, row_group, row"

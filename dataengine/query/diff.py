@@ -10,7 +10,6 @@ Of two states of one corpus, merged files that both are made of are not read at 
 """
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +22,12 @@ from rich.table import Table
 from dataengine import records
 from dataengine.corpus import CatalogPart, Corpus
 from dataengine.errors import ConfigError
+from dataengine.query.literals import identifier, quoted
 from dataengine.query.sql import (
     catalog_select,
     engine,
     explained,
-    identifier,
-    quoted,
+    first_row,
     run,
     schema_types,
     write_csv,
@@ -297,13 +296,13 @@ def _only(state: State, other: State) -> tuple[str, ...]:
 
 
 def _clips(db: duckdb.DuckDBPyConnection) -> Counts:
-    before, after = (_one(db, f"select count(*) from all_{name}") for name in _STATES)
+    before, after = (first_row(db, f"select count(*) from all_{name}")[0] for name in _STATES)
     return Counts(before, after, *_by_change(db, "differing"))
 
 
 def _videos(db: duckdb.DuckDBPyConnection) -> Counts:
     before, after = (
-        _one(db, f"select count(distinct video_id) from all_{name}") for name in _STATES
+        first_row(db, f"select count(distinct video_id) from all_{name}")[0] for name in _STATES
     )
     db.execute(
         "create temp table touched as select video_id, "
@@ -357,9 +356,3 @@ def _write(db: duckdb.DuckDBPyConnection, output: Path) -> None:
         case _:
             with output.open("w", encoding="utf-8") as file:
                 write_jsonl(batches, file)
-
-
-def _one(db: duckdb.DuckDBPyConnection, sql: str) -> Any:
-    row: Sequence[Any] | None = db.execute(sql).fetchone()
-    assert row is not None  # an aggregate always gives one row
-    return row[0]

@@ -29,8 +29,9 @@ from dataengine.query.embeddings import (
     read_vectors,
     unit,
 )
+from dataengine.query.literals import CLIP_ID, quoted
 from dataengine.query.percentiles import resolve
-from dataengine.query.sql import DEFAULT_COLUMNS, Statement, quoted, with_text
+from dataengine.query.sql import DEFAULT_COLUMNS, Statement, with_text
 
 if TYPE_CHECKING:
     from dataengine.models.clip import ClipScorer
@@ -44,9 +45,6 @@ embeddings themselves are float16 and hold three."""
 
 THREADS = 8
 """Shards read at once: mostly waiting for a disk or a store."""
-
-_CLIP_ID = "video_id || '_' || start_ms || '_' || end_ms"
-"""Made again rather than read: of all columns clip_id takes longest to read."""
 
 
 def near_statement(
@@ -101,7 +99,7 @@ def near_statement(
         vector = image_vector(corpus, covered.author, near_image)
     else:
         vector = clip_vector(db, corpus, near_clip)
-        source += f" and {_CLIP_ID} <> {quoted(near_clip)}"
+        source += f" and {CLIP_ID} <> {quoted(near_clip)}"
     count = DEFAULT_LIMIT if limit is None else limit
     db.register("near", find(db, corpus, source, vector, count, threads=threads))
     columns = select or f"similarity, {', '.join(DEFAULT_COLUMNS)}"
@@ -195,7 +193,7 @@ def find(
         check_width(vectors, len(vector_D))
         return keys, np.round(np.clip(vectors @ vector_D, -1.0, 1.0), _DECIMALS)
 
-    sql = f"select shard, row_group, row, {_CLIP_ID} as key from {source}"
+    sql = f"select shard, row_group, row, {CLIP_ID} as key from {source}"
     best: list[tuple[float, str]] = []  # (minus similarity, clip_id): sorted, it is the answer
     bar = -np.inf
     for keys, similarities in in_threads(compare, pieces(db, sql), threads):

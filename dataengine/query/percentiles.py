@@ -18,6 +18,7 @@ from typing import Any
 import duckdb
 
 from dataengine.errors import ConfigError
+from dataengine.query.literals import quoted
 
 _SORTED_CLIPS = 2_000_000
 """Up to so many clips, a percentile is found by sorting them."""
@@ -148,7 +149,7 @@ def _narrowed(db: duckdb.DuckDBPyConnection, values: str, kind: str, share: floa
 
 
 def _value(text: str, kind: str) -> str:
-    return "cast('" + text.replace("'", "''") + f"' as {kind})"
+    return f"cast({quoted(text)} as {kind})"
 
 
 @dataclass(frozen=True)

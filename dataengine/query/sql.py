@@ -10,7 +10,6 @@ import tempfile
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 import duckdb
@@ -20,6 +19,7 @@ import pyarrow.parquet as pq
 from dataengine import records
 from dataengine.corpus import MERGE_AGAIN, CatalogPart, Corpus
 from dataengine.errors import ConfigError, CorpusError, EngineError
+from dataengine.query.literals import exact, identifier, quoted
 from dataengine.query.percentiles import Percentile, resolve
 
 DEFAULT_COLUMNS = ("clip_id", "duration_ms", "language", "clip_score", "motion_score", "caption")
@@ -299,6 +299,15 @@ def run(db: duckdb.DuckDBPyConnection, sql: str) -> tuple[pa.Schema, Iterator[pa
     return reader.schema, _batches(db, reader)
 
 
+def first_row(
+    db: duckdb.DuckDBPyConnection, sql: str, parameters: object = None
+) -> tuple[Any, ...]:
+    """Returns the row of a SELECT that always gives one, such as an aggregate."""
+    row = db.execute(sql, parameters).fetchone()
+    assert row is not None
+    return row
+
+
 def plan_of(db: duckdb.DuckDBPyConnection, sql: str) -> str:
     """Returns how DuckDB would run a SELECT.
 
@@ -367,21 +376,6 @@ def url_of(corpus: Corpus, path: str) -> str:
 def exact_url_of(corpus: Corpus, path: str) -> str:
     """Returns what ``read_parquet`` reads this one path by: ``*``, ``?`` and ``[`` stand for themselves."""
     return exact(url_of(corpus, path))
-
-
-def exact(path: str | Path) -> str:
-    """Returns a path in which DuckDB takes ``*``, ``?`` and ``[`` for themselves."""
-    return re.sub(r"[*?[]", r"[\g<0>]", str(path))
-
-
-def identifier(name: str) -> str:
-    """Returns a column's name as SQL."""
-    return '"' + name.replace('"', '""') + '"'
-
-
-def quoted(text: str) -> str:
-    """Returns a string as an SQL literal."""
-    return "'" + text.replace("'", "''") + "'"
 
 
 # -------------------------------------------------------------------------------------- output

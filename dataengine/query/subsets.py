@@ -33,8 +33,9 @@ from dataengine import records
 from dataengine.corpus import Corpus
 from dataengine.errors import ConfigError, CorpusError
 from dataengine.query.dedup import remove_duplicates
+from dataengine.query.literals import CLIP_ID, quoted
 from dataengine.query.percentiles import Percentile, resolve
-from dataengine.query.sql import connect, exact_url_of, quoted, url_of
+from dataengine.query.sql import connect, exact_url_of, first_row, url_of
 
 SUBSET_SCHEMA = pa.schema(
     [("clip_id", pa.string()), ("video_id", pa.string()), *records.LOCATOR_FIELDS]
@@ -231,10 +232,10 @@ def _draw(db: duckdb.DuckDBPyConnection, corpus: Corpus, name: str, wanted: Defi
         "create or replace temp table weights as select video_id, count(*)::integer as num_clips "
         f"from (select video_id {candidates}) group by video_id"
     )
-    (num_candidates,) = _row(db, "select coalesce(sum(num_clips), 0)::bigint from weights")
+    (num_candidates,) = first_row(db, "select coalesce(sum(num_clips), 0)::bigint from weights")
     if not num_candidates:
         raise CorpusError(f"No clip passes: {resolved.condition or 'the corpus is empty'}")
-    columns = f"{_CLIP_ID} as clip_id, video_id, shard, row_group, row"
+    columns = f"{CLIP_ID} as clip_id, video_id, shard, row_group, row"
     num_clips = wanted.num_clips
     if num_clips is None or num_clips >= num_candidates:
         # A view: all clips of a large corpus do not fit into memory.
@@ -250,7 +251,7 @@ def _draw(db: duckdb.DuckDBPyConnection, corpus: Corpus, name: str, wanted: Defi
         )
     else:
         _draw_weighted(db, candidates, columns, wanted, num_clips)
-    num_drawn, num_videos = _row(db, "select count(*), count(distinct video_id) from drawn")
+    num_drawn, num_videos = first_row(db, "select count(*), count(distinct video_id) from drawn")
     return Subset(name, num_candidates, num_drawn, num_videos, resolved.percentiles, removed)
 
 
@@ -274,13 +275,13 @@ def _draw_weighted(
             f"create or replace temp table keyed as select {kept}, {key} as key from {source} "
             f"where key <= '{bound!r}'::double"
         )
-        (found,) = _row(db, "select count(*) from keyed")
+        (found,) = first_row(db, "select count(*) from keyed")
         if found >= num_clips:
             break
         slack *= 2
     # Sorting the keys alone is quicker than sorting the rows by them.
-    (last,) = _row(db, f"select key from keyed order by key limit 1 offset {num_clips - 1}")
-    at_most, below = _row(
+    (last,) = first_row(db, f"select key from keyed order by key limit 1 offset {num_clips - 1}")
+    at_most, below = first_row(
         db, f"select count(*), count(*) filter (key < '{last!r}'::double) from keyed "
         f"where key <= '{last!r}'::double"
     )  # fmt: skip
@@ -347,7 +348,7 @@ def _draw_mix(
         for part in wanted.mix
     }
     every = " union ".join(f"select clip_id from {source}" for source in sources.values())
-    (num_candidates,) = _row(db, f"select count(*) from ({every})")
+    (num_candidates,) = first_row(db, f"select count(*) from ({every})")
     taken = dict.fromkeys(sources, 0)
     left, missing = dict(wanted.mix), min(wanted.num_clips, num_candidates)
     while missing:  # what a subset cannot give, the others give by their weights
@@ -356,12 +357,12 @@ def _draw_mix(
                 f"insert into drawn select {names} from {sources[part]} anti join drawn "
                 f"using (clip_id) order by hash(clip_id, {wanted.seed}), clip_id limit {share}"
             )
-            now = _row(db, "select count(*) from drawn")[0] - sum(taken.values())
+            now = first_row(db, "select count(*) from drawn")[0] - sum(taken.values())
             taken[part] += now
             if now < share:
                 del left[part]
         missing = min(wanted.num_clips, num_candidates) - sum(taken.values())
-    num_drawn, num_videos = _row(db, "select count(*), count(distinct video_id) from drawn")
+    num_drawn, num_videos = first_row(db, "select count(*), count(distinct video_id) from drawn")
     return Subset(name, num_candidates, num_drawn, num_videos), taken
 
 
@@ -383,7 +384,7 @@ def _publish(
     db: duckdb.DuckDBPyConnection, corpus: Corpus, subset: Subset, about: dict[str, Any]
 ) -> None:
     """Writes the table ``drawn``, in the order of the shards."""
-    (num_clips,) = _row(db, "select count(*) from clips")
+    (num_clips,) = first_row(db, "select count(*) from clips")
     shards = corpus.names("catalog")
     snapshots = corpus.names("compacted", ".json")
     definition = {
@@ -414,10 +415,6 @@ def _publish(
         )
 
 
-_CLIP_ID = "video_id || '_' || start_ms || '_' || (start_ms + duration_ms)"
-"""Made again rather than read: of all columns clip_id takes longest to read."""
-
-
 def _hash(seed: int, stream: int) -> str:
     """Returns SQL of 64 bits that depend on the clip, the seed and the stream alone."""
     return f"hash(video_id, start_ms, duration_ms, {seed}::bigint, {stream}::bigint)"
@@ -426,9 +423,3 @@ def _hash(seed: int, stream: int) -> str:
 def _uniform(seed: int) -> str:
     """Returns SQL of a double in (0, 1)."""
     return f"(({_hash(seed, 0)} >> 11)::double + 0.5) / {2**53}::double"
-
-
-def _row(db: duckdb.DuckDBPyConnection, sql: str) -> tuple[Any, ...]:
-    row = db.execute(sql).fetchone()
-    assert row is not None  # an aggregate always gives one row
-    return row

@@ -27,14 +27,8 @@ import pyarrow.parquet as pq
 from dataengine import records
 from dataengine.corpus import MERGE_AGAIN, CatalogPart, Corpus
 from dataengine.errors import CorpusError, EngineError, MediaError
-from dataengine.query.sql import (
-    catalog_select,
-    connect,
-    exact_url_of,
-    identifier,
-    quoted,
-    schema_types,
-)
+from dataengine.query.literals import identifier, quoted
+from dataengine.query.sql import catalog_select, connect, exact_url_of, schema_types
 
 _MOST_PROBLEMS = 50
 """Problems reported of one kind; a broken corpus has millions."""

@@ -109,9 +109,7 @@ def _data_url(kind: str, data: bytes) -> str:
 def _environment() -> jinja2.Environment:
     from dataengine.forecast import Range, range_text  # as above
 
-    templates = jinja2.FunctionLoader(
-        lambda name: files("dataengine.report").joinpath(name).read_text(encoding="utf-8")
-    )
+    templates = jinja2.PackageLoader("dataengine", "report")
     environment = jinja2.Environment(
         loader=templates, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )

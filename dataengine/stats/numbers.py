@@ -15,8 +15,8 @@ from fractions import Fraction
 import duckdb
 import pyarrow as pa
 
+from dataengine.query.literals import identifier
 from dataengine.query.percentiles import Percentile, resolve
-from dataengine.query.sql import identifier
 
 PERCENTS = (10, 30, 50, 70, 90)
 """Percentiles that are told: InternVid's filter keeps what lies above the 70th."""

@@ -8,7 +8,6 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 
 import jinja2
 
@@ -156,9 +155,7 @@ def _score_place(number: Numbers) -> int:
 
 def environment() -> jinja2.Environment:
     """Returns the templates with what they call."""
-    templates = jinja2.FunctionLoader(
-        lambda name: files("dataengine.stats").joinpath(name).read_text(encoding="utf-8")
-    )
+    templates = jinja2.PackageLoader("dataengine", "stats")
     made = jinja2.Environment(
         loader=templates, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )

@@ -18,7 +18,8 @@ import duckdb
 import yaml
 
 from dataengine.phrases import word_stem
-from dataengine.query.sql import identifier
+from dataengine.query.literals import identifier, quoted
+from dataengine.query.sql import first_row
 from dataengine.stats.numbers import Numbers, of_counts
 
 NUM_WORDS = 200
@@ -133,16 +134,16 @@ def words_sql(text: str) -> str:
     """Returns SQL for the list of a text's words."""
     plain = f"lower(nfc_normalize({text}))"
     apart = f"regexp_replace({plain}, '([{_SPACELESS}]+)', ' \\1 ', 'g')"
-    word = _WORD.replace("'", "''")
+    word = quoted(_WORD)
     pairs = (
-        f"flatten(list_transform(regexp_extract_all({apart}, '{word}'), lambda run: "
+        f"flatten(list_transform(regexp_extract_all({apart}, {word}), lambda run: "
         f"case when regexp_matches(run, '^[{_SPACELESS}]') and length_grapheme(run) > 1 "
         "then list_transform(range(1, length_grapheme(run)), "
         "lambda place: substring_grapheme(run, place, 2)) else [run] end))"
     )
     return (
         f"case when regexp_matches({text}, '[{_SPACELESS}]') then {pairs} "
-        f"else regexp_extract_all({plain}, '{word}') end"
+        f"else regexp_extract_all({plain}, {word}) end"
     )
 
 
@@ -168,7 +169,7 @@ def read_texts(
             f" where hash(clip_id, {int(seed)}::bigint) < {int(most / num_clips * 2**64)}::ubigint"
         )
     db.execute(f"create or replace temp table texts as select {selected} from chosen{sampled}")
-    return _number(db, "select count(*) from texts")
+    return first_row(db, "select count(*) from texts")[0]
 
 
 def lengths(db: duckdb.DuckDBPyConnection, column: str) -> list[tuple[int, int]]:
@@ -209,7 +210,7 @@ def count_words(db: duckdb.DuckDBPyConnection, column: str) -> Words:
         f"select word, num from {table} order by num desc, word limit {NUM_WORDS + len(stops)}"
     ).fetchall()
     top = [(word, num) for word, num in rows if _telling(word, stops)][:NUM_WORDS]
-    num_clips = _number(db, f"select count(*) from {source}")
+    num_clips = first_row(db, f"select count(*) from {source}")[0]
     return Words(column, "", num_clips, row[0], row[1], tuple(top))
 
 
@@ -232,7 +233,9 @@ def count_by_language(db: duckdb.DuckDBPyConnection, column: str) -> list[Words]
             f"select word, num from by_language where tongue = ? order by num desc, word limit {most}",
             [language],
         ).fetchall()
-        different = _number(db, "select count(*) from by_language where tongue = ?", [language])
+        different = first_row(db, "select count(*) from by_language where tongue = ?", [language])[
+            0
+        ]
         top = tuple((word, num) for word, num in rows if _telling(word, stops))[:NUM_WORDS]
         found.append(Words(column, language, num_clips, num_words, different, top))
     return found
@@ -325,7 +328,7 @@ def _terms() -> list[tuple[str, str, str, str]]:
 
 def actionness(db: duckdb.DuckDBPyConnection) -> Actionness:
     """Returns how much captions say of what happens. Needs `mark` first."""
-    num_captions = _number(db, "select count(*) from words_caption")
+    num_captions = first_row(db, "select count(*) from words_caption")[0]
     rows = db.execute(
         "select num, count(*) from (select row, count(*) as num from marked where kind = 'verb' "
         "group by row) group by num"
@@ -342,13 +345,13 @@ def actionness(db: duckdb.DuckDBPyConnection) -> Actionness:
         "select name, count(*) as num from marked where kind = 'verb' group by name "
         f"order by num desc, name limit {NUM_WORDS}"
     ).fetchall()
-    num_verbs = _number(db, "select count(distinct name) from marked where kind = 'verb'")
+    num_verbs = first_row(db, "select count(distinct name) from marked where kind = 'verb'")[0]
     return Actionness(num_captions, num_verbs, per_caption.mean or 0.0, per_caption, tuple(top))
 
 
 def bias(db: duckdb.DuckDBPyConnection) -> list[Topic]:
     """Returns how captions speak of people, by topic. Needs `mark` first."""
-    num_captions = _number(db, "select count(*) from words_caption")
+    num_captions = first_row(db, "select count(*) from words_caption")[0]
     rows = db.execute(
         "select kind, name, sum(num)::bigint, count(*) from marked where kind <> 'verb' group by all"
     ).fetchall()
@@ -366,7 +369,9 @@ def bias(db: duckdb.DuckDBPyConnection) -> list[Topic]:
             groups.append(
                 Group(name, mentions, captions, mentions / total if total else None, said)
             )
-        with_any = _number(db, "select count(distinct row) from marked where kind = ?", [topic])
+        with_any = first_row(db, "select count(distinct row) from marked where kind = ?", [topic])[
+            0
+        ]
         topics.append(
             Topic(
                 topic,
@@ -377,11 +382,3 @@ def bias(db: duckdb.DuckDBPyConnection) -> list[Topic]:
             )
         )
     return topics
-
-
-def _number(
-    db: duckdb.DuckDBPyConnection, sql: str, parameters: Sequence[object] | None = None
-) -> int:
-    row = db.execute(sql, parameters or []).fetchone()
-    assert row is not None
-    return int(row[0])

@@ -25,6 +25,7 @@ import duckdb
 from dataengine.corpus import CatalogPart, Corpus
 from dataengine.errors import ConfigError
 from dataengine.query import sql
+from dataengine.query.literals import identifier, quoted
 from dataengine.query.percentiles import Resolved, resolve
 
 _KEY = ("video_id", "start_ms", "end_ms")
@@ -218,7 +219,7 @@ class Catalog:
         key = _decoded(after) if after else None
         behind = [_behind(order, kind, key)] if key else []
         bounds = self._bounds(connection, passing, order, kind, key, limit + 1)
-        column = f"{sql.identifier(order.column)} as _value" if order.column else "null as _value"
+        column = f"{identifier(order.column)} as _value" if order.column else "null as _value"
         # Turned into text outside, or it would be done for every clip.
         statement = (
             "select * replace (_value::varchar as _value) from ("
@@ -305,13 +306,13 @@ class Catalog:
             NotFoundError: If there is no such clip.
         """
         twin = self._twins(connection, [self.locate(connection, clip_id)[0]])
-        rows = _rows(connection, f"select * from ({twin}) where clip_id = {sql.quoted(clip_id)}")
+        rows = _rows(connection, f"select * from ({twin}) where clip_id = {quoted(clip_id)}")
         if not rows:
             raise NotFoundError(f"Clip {clip_id} was removed")
         siblings = _rows(
             connection,
             f"select clip_id, start_ms, end_ms, caption from ({twin}) where video_id = "
-            f"{sql.quoted(rows[0]['video_id'])} order by start_ms, end_ms limit {_MOST_SIBLINGS}",
+            f"{quoted(rows[0]['video_id'])} order by start_ms, end_ms limit {_MOST_SIBLINGS}",
         )
         return {"clip": plain(rows[0]), "siblings": siblings}
 
@@ -341,11 +342,11 @@ class Catalog:
         """
         if not order.column or (key and key[0] is None):
             return []
-        column = sql.identifier(order.column)
+        column = identifier(order.column)
         ahead, back = ("<", ">") if order.descending else (">", "<")
         beyond, up_to = f"{column} is not null", []
         if key and key[0] is not None:
-            start = f"cast({sql.quoted(key[0])} as {kind})"
+            start = f"cast({quoted(key[0])} as {kind})"
             beyond, up_to = f"{column} {ahead} {start}", [f"{column} {ahead}= {start}"]
         found = connection.db.execute(
             f"select _value::varchar from (select {column} as _value from clips"
@@ -354,7 +355,7 @@ class Catalog:
         ).fetchall()
         if len(found) < limit:
             return []
-        return [*up_to, f"{column} {back}= cast({sql.quoted(found[-1][0])} as {kind})"]
+        return [*up_to, f"{column} {back}= cast({quoted(found[-1][0])} as {kind})"]
 
     def _shown(
         self, connection: "Connection", rows: list[dict[str, Any]], order: Order
@@ -375,8 +376,8 @@ class Catalog:
         twins = self._twins(connection, sorted({row["shard"] for row in rows}))
         found = _rows(
             connection,
-            f"select {', '.join(map(sql.identifier, names))} from ({twins}) "
-            f"where clip_id in ({', '.join(map(sql.quoted, locators))})",
+            f"select {', '.join(map(identifier, names))} from ({twins}) "
+            f"where clip_id in ({', '.join(map(quoted, locators))})",
         )
         shown = {row["clip_id"]: plain(row) for row in found}
         return [
@@ -478,7 +479,7 @@ def _order_by(order: Order) -> str:
     direction = "desc" if order.descending else "asc"
     if not order.column:
         return ", ".join(f"{name} {direction}" for name in _KEY)
-    return f"{sql.identifier(order.column)} {direction} nulls last, {', '.join(_KEY)}"
+    return f"{identifier(order.column)} {direction} nulls last, {', '.join(_KEY)}"
 
 
 def _rows(connection: Connection, statement: str) -> list[dict[str, Any]]:
@@ -515,7 +516,7 @@ def _decoded(after: str) -> _Place:
 def _behind(order: Order, kind: str, key: _Place) -> str:
     """Returns SQL that is true of the clips that come behind one."""
     value, video_id, start_ms, end_ms = key
-    video = sql.quoted(video_id)
+    video = quoted(video_id)
     back = order.descending and not order.column
     sign = "<" if back else ">"
     # Said so that row groups of other videos need not be read.
@@ -525,9 +526,9 @@ def _behind(order: Order, kind: str, key: _Place) -> str:
     )
     if not order.column:
         return tie
-    column = sql.identifier(order.column)
+    column = identifier(order.column)
     if value is None:
         return f"({column} is null and {tie})"
-    bound = f"cast({sql.quoted(value)} as {kind})"
+    bound = f"cast({quoted(value)} as {kind})"
     sign = "<" if order.descending else ">"
     return f"({column} {sign} {bound} or ({column} = {bound} and {tie}) or {column} is null)"
