@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Shapes of the networks that annotation and training share; cheap to import."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -176,3 +176,104 @@ class InternVideo2Config(NetworkConfig):
         if self.image_size % self.patch_size or self.width % 8:
             raise ValueError("image_size must be a multiple of patch_size, and width of 8")
         return self
+
+
+class BertConfig(NetworkConfig):
+    """BERT split in two: the first layers read text, the others also attend to video or sound.
+
+    The defaults are bert-large-uncased as InternVideo2's stage 2 splits it (19 + 5).
+    """
+
+    vocab_size: int = Field(default=30522, gt=0)
+    width: int = Field(default=1024, gt=0)
+    layers: int = Field(default=24, gt=0)
+    fusion_layer: int = Field(default=19, gt=0)
+    """Layers that read text alone; those behind them have cross-attention."""
+    heads: int = Field(default=16, gt=0)
+    mlp_width: int = Field(default=4096, gt=0)
+    max_positions: int = Field(default=512, gt=0)
+    num_token_types: int = Field(default=2, gt=0)
+    dropout: float = Field(default=0.1, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _fits(self) -> "BertConfig":
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if self.fusion_layer > self.layers:
+            raise ValueError(f"fusion_layer {self.fusion_layer} is behind the last layer")
+        return self
+
+
+class InternVideo2Stage2Config(NetworkConfig):
+    """InternVideo2's second stage: vision encoder, split BERT, and sound if asked for."""
+
+    kind: Literal["internvideo2_stage2"]
+    vision: InternVideo2Config
+    text: BertConfig = BertConfig()
+    tokenizer: str = "google-bert/bert-large-uncased"
+    """Hub id or local folder of the text encoder's tokenizer."""
+    context_length: int = Field(default=32, gt=2)
+    """Tokens of a caption with start and end: 32 for the 1B model, 40 for the 6B."""
+    embed_dim: int = Field(default=512, gt=0)
+    """Width of the shared space: 512 for the 1B model, 768 for the 6B."""
+    audio: BeatsNetworkConfig | None = None
+    """BEATs; None trains on pictures alone (the 1B model)."""
+    fusion_width: int = Field(default=768, gt=0)
+    """Width to which video and audio tokens are brought for the decoder; used with ``audio`` only."""
+    freeze_vision: bool = False
+    """Whether the vision encoder keeps its weights (the paper's second phase)."""
+    freeze_audio: bool = True
+    """Whether BEATs keeps its weights (it does in the released runs)."""
+    init_temperature: float = Field(default=0.07, ge=0.001, le=0.5)
+    pixel_mean: tuple[float, float, float] = IMAGENET_MEAN
+    pixel_std: tuple[float, float, float] = IMAGENET_STD
+
+
+class MobileClipTextConfig(NetworkConfig):
+    """MobileCLIP-B's text transformer; the defaults are the published shape."""
+
+    kind: Literal["mobileclip"] = "mobileclip"
+    vocab_size: int = Field(default=49408, gt=0)
+    context_length: int = Field(default=77, gt=2)
+    width: int = Field(default=512, gt=0)
+    layers: int = Field(default=12, gt=0)
+    heads: int = Field(default=8, gt=0)
+    mlp_width: int = Field(default=2048, gt=0)
+
+
+class LlamaTextConfig(NetworkConfig):
+    """InternVL-C's LLaMA as a text encoder; the defaults are the published shape (7B)."""
+
+    kind: Literal["llama"] = "llama"
+    tokenizer: str = ""
+    """Hub id or local folder of its tokenizer (``chinese_alpaca_lora_7b``)."""
+    vocab_size: int = Field(default=49954, gt=0)
+    context_length: int = Field(default=80, gt=2)
+    width: int = Field(default=4096, gt=0)
+    layers: int = Field(default=32, gt=0)
+    heads: int = Field(default=32, gt=0)
+    mlp_width: int = Field(default=11008, gt=0)
+    rms_norm_eps: float = Field(default=1e-6, gt=0)
+
+
+class InternVideo2ClipConfig(NetworkConfig):
+    """InternVideo2-CLIP: the vision encoder's pooled feature beside a text encoder's.
+
+    With MobileCLIP's text tower (S, B, L) the vision feature passes a norm and a linear layer; with
+    LLaMA (1B, 6B) it is taken as it is.
+    """
+
+    kind: Literal["internvideo2_clip"]
+    vision: InternVideo2Config
+    text: Annotated[MobileClipTextConfig | LlamaTextConfig, Field(discriminator="kind")]
+    embed_dim: int = Field(gt=0)
+    """Width of the shared space: 512 for S, B and L, 768 for 1B and 6B."""
+    train: Literal["projector", "all"] = "projector"
+    """``projector`` trains the attention pooling, what follows it and the temperature, as published;
+    ``all`` trains the vision encoder too. The text encoder keeps its weights either way, unless
+    ``train_text``."""
+    train_text: bool = False
+    """Whether the text encoder trains too; needed where nothing was loaded into it."""
+    init_temperature: float = Field(default=0.01, ge=0.01, le=1.0)
+    pixel_mean: tuple[float, float, float] = IMAGENET_MEAN
+    pixel_std: tuple[float, float, float] = IMAGENET_STD

@@ -4,7 +4,6 @@
 import base64
 import json
 import time
-from importlib.resources import files
 from typing import Any
 
 import jinja2
