@@ -84,12 +84,3 @@ class Task(nn.Module):
     def layer_of(self, name: str) -> tuple[int, int] | None:
         """Returns (depth from 0, number of depths) of a parameter for layer decay; None is the head."""
         return None
-
-    def flops(self, kind: str, num_tokens: int) -> float:
-        """Returns the floating-point operations of one clip forward, without teachers' backward.
-
-        Args:
-            kind: Of the step.
-            num_tokens: Text tokens.
-        """
-        raise NotImplementedError
