@@ -94,6 +94,15 @@ def gather(local: torch.Tensor) -> torch.Tensor:
     return _Gather.apply(local)  # pyright: ignore[reportReturnType]  apply is untyped
 
 
+def gather_local(local: torch.Tensor) -> torch.Tensor:
+    """Returns the rows of all ranks; only this rank's own send a gradient back, as published."""
+    everyone = gather(local.detach())
+    if world_size() == 1:
+        return local
+    start = rank() * len(local)
+    return torch.cat([everyone[:start], local, everyone[start + len(local) :]])
+
+
 def gather_objects(value: Any) -> list[Any]:
     """Returns every rank's value in rank order; for small things and uneven ones."""
     if world_size() == 1:

@@ -7,20 +7,18 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import multiprocessing
 
-from training.config import ObjectiveConfig
-from training.objectives.contrastive import (
-    Pairs,
-    contrastive_loss,
-    global_contrastive_loss,
-    targets,
-)
+from training.config import ContrastiveObjective
+from training.data.batch import Pairs
+from training.objectives.contrastive import contrastive_loss, global_contrastive_loss, targets
 
-IDENTITY = ObjectiveConfig(same_caption="negative", same_video="negative")
+IDENTITY = ContrastiveObjective(same_caption="negative", same_video="negative")
 RULES = [
     IDENTITY,
-    ObjectiveConfig(same_caption="positive", same_video="ignore"),
-    ObjectiveConfig(same_caption="ignore", same_video="positive"),
+    ContrastiveObjective(same_caption="positive", same_video="ignore"),
+    ContrastiveObjective(same_caption="ignore", same_video="positive"),
 ]
+
+LOCAL = IDENTITY.model_copy(update={"gradient": "local"})
 
 
 def batch(rows, seed=0):
@@ -64,7 +62,7 @@ def test_identity_is_torch_cross_entropy():
 )
 def test_targets_of_the_first_row(same_caption, same_video, expected_targets, expected_allowed):
     pairs = Pairs(torch.ones(3, dtype=torch.bool), torch.tensor([7, 7, 8]), torch.tensor([1, 2, 2]))
-    config = ObjectiveConfig(same_caption=same_caption, same_video=same_video)
+    config = ContrastiveObjective(same_caption=same_caption, same_video=same_video)
     weights, allowed = targets(pairs, torch.tensor([0]), config)
     assert weights[0].tolist() == expected_targets
     assert allowed[0].int().tolist() == expected_allowed
@@ -108,7 +106,7 @@ def gathered_process(rank, world_size, folder):
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size
     )
     results = {}
-    for number, config in enumerate(RULES):
+    for number, config in enumerate([*RULES, LOCAL]):
         video, text, pairs = batch(8)
         rows = slice(rank * 4, rank * 4 + 4)
         own = Pairs(pairs.valid[rows], pairs.caption_id[rows], pairs.video_id[rows])
@@ -139,3 +137,15 @@ def test_two_processes_equal_one(tmp_path):
         for value, reference in zip(results[number], expected, strict=True):
             assert reference is not None
             torch.testing.assert_close(value, reference, rtol=1e-5, atol=1e-6)
+
+    parameters = towers()
+    loss = loss_of(global_contrastive_loss, parameters, *batch(8), IDENTITY)
+    loss.backward()
+    video, text, temperature = (parameter.grad for parameter in parameters)
+    local = results[len(RULES)]
+    torch.testing.assert_close(local[0], loss.detach(), rtol=1e-5, atol=1e-6)
+    # As published: half of the encoders' gradient in two processes, all of the temperature's.
+    for value, reference, share in zip(
+        local[1:], (video, text, temperature), (2, 2, 1), strict=True
+    ):
+        torch.testing.assert_close(value, reference / share, rtol=1e-5, atol=1e-6)

@@ -1,42 +1,52 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models by the ``kind`` of a recipe. Imported lazily: a recipe needs only its own family."""
+"""Model and objective of a recipe -> a task. Imported lazily: a recipe needs only its own family."""
 
-from typing import Protocol
+from dataengine.networks.config import (
+    InternVideo2ClipConfig,
+    InternVideo2Stage2Config,
+    ViCLIPConfig,
+)
+from training.config import (
+    ContrastiveObjective,
+    DistilConfig,
+    DistilObjective,
+    OpenClipConfig,
+    Stage2Objective,
+    TrainConfig,
+)
+from training.models.task import Task
 
-import torch
 
-from training.config import ModelConfig, OpenClipConfig, ViCLIPConfig
+def build_task(config: TrainConfig) -> Task:
+    """Returns a freshly initialised task; torch's default generator draws its weights.
 
-
-class DualEncoder(Protocol):
-    """What the trainer asks of a two-tower model; it is an ``nn.Module`` besides.
-
-    B clips, T frames, C H W a frame, L tokens, D embedding.
+    Teachers are loaded with it; what ``config.init`` names is not.
     """
-
-    def __call__(
-        self, frames_BTCHW: torch.Tensor, tokens_BL: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Returns unit-length video [B, D] and text [B, D] features and the scalar tau."""
-        ...
-
-    def encode_video(self, frames_BTCHW: torch.Tensor) -> torch.Tensor:
-        """Returns unit-length features [B, D]."""
-        ...
-
-    def encode_text(self, tokens_BL: torch.Tensor) -> torch.Tensor:
-        """Returns unit-length features [B, D]."""
-        ...
-
-
-def build_model(config: ModelConfig) -> torch.nn.Module:
-    """Returns a freshly initialised ``DualEncoder``; torch's default generator draws its weights."""
-    match config:
-        case ViCLIPConfig():
+    model, objective = config.model, config.objective
+    match model, objective:
+        case ViCLIPConfig(), ContrastiveObjective():
             from dataengine.networks.viclip import ViCLIP
+            from training.models.contrastive import ContrastiveTask
 
-            return ViCLIP(config)
-        case OpenClipConfig():
+            return ContrastiveTask(ViCLIP(model), objective)
+        case OpenClipConfig(), ContrastiveObjective():
+            from training.models.contrastive import ContrastiveTask
             from training.models.open_clip_model import OpenClipDualEncoder
 
-            return OpenClipDualEncoder(config)
+            return ContrastiveTask(OpenClipDualEncoder(model), objective)
+        case InternVideo2ClipConfig(), ContrastiveObjective():
+            from dataengine.networks.internvideo2_clip import InternVideo2Clip
+
+            from training.models.contrastive import ContrastiveTask
+
+            return ContrastiveTask(InternVideo2Clip(model), objective)
+        case InternVideo2Stage2Config(), Stage2Objective():
+            from training.models.stage2 import Stage2Task
+
+            return Stage2Task(model, objective)
+        case DistilConfig(), DistilObjective():
+            from training.models.distil import DistilTask
+
+            return DistilTask(model, objective)
+        case _:
+            raise AssertionError("the recipe checks that model and objective fit")

@@ -56,7 +56,8 @@ class Task(nn.Module):
     """A network and its objective; ``forward`` is a training step's, run under DDP or FSDP.
 
     Subclasses register the network that is exported as ``network``, under the published names.
-    Frozen teachers are no submodules: they are neither saved, sharded nor averaged.
+    Frozen teachers are no submodules: they are neither saved, sharded nor averaged. What evaluation
+    calls (`DualEncoder`, `Matcher`) are methods of the task itself, where FSDP can gather weights.
     """
 
     network: nn.Module
@@ -66,11 +67,11 @@ class Task(nn.Module):
         raise NotImplementedError
 
     def dual_encoder(self) -> DualEncoder | None:
-        """Returns what retrieval is measured with; None if nothing here reads text."""
+        """Returns the task itself if it encodes video and text; None if nothing here reads text."""
         return None
 
     def matcher(self) -> Matcher | None:
-        """Returns what re-ranks retrieval; None if nothing here looks at pairs."""
+        """Returns the task itself if it judges pairs; None if nothing here looks at them."""
         return None
 
     def blocks(self) -> list[nn.Module]:

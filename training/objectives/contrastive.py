@@ -11,28 +11,11 @@ processes ask of a row, which scales the encoders' gradient by 1 / processes and
 temperature's whole.
 """
 
-from dataclasses import dataclass
-
 import torch
 
-from training.config import ObjectiveConfig
-from training.distributed import gather, rank, world_size
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """What is known of the rows beside their features, one entry a row."""
-
-    valid: torch.Tensor
-    """bool; rows that are not are left out of rows and columns."""
-    caption_id: torch.Tensor
-    """int64, equal for equal captions."""
-    video_id: torch.Tensor
-    """int64, equal for clips of one video."""
-
-    def gathered(self) -> "Pairs":
-        """Returns the rows of all processes."""
-        return Pairs(gather(self.valid), gather(self.caption_id), gather(self.video_id))
+from training.config import ContrastiveObjective
+from training.data.batch import Pairs
+from training.distributed import gather, gather_local, rank, world_size
 
 
 def contrastive_loss(
@@ -40,7 +23,7 @@ def contrastive_loss(
     text_bE: torch.Tensor,
     temperature: torch.Tensor,
     pairs: Pairs,
-    config: ObjectiveConfig,
+    config: ContrastiveObjective,
 ) -> torch.Tensor:
     """Returns this process' share of the loss; its mean over processes is the global loss.
 
@@ -51,14 +34,20 @@ def contrastive_loss(
         pairs: This process' rows.
         config: Which rows are no negatives of each other.
     """
-    video_BE, text_BE, everyone = gather(video_bE), gather(text_bE), pairs.gathered()
-    start = rank() * len(video_bE)
-    rows = torch.arange(start, start + len(video_bE), device=video_bE.device)
-    targets_bB, allowed_bB = targets(everyone, rows, config)
-    scale = 1 / temperature
-    summed = _cross_entropy(scale * video_bE @ text_BE.T, targets_bB, allowed_bB)
-    summed = summed + _cross_entropy(scale * text_bE @ video_BE.T, targets_bB, allowed_bB)
-    return summed * world_size() / (2 * everyone.valid.sum().clamp(min=1))
+    everyone = pairs.gathered()
+    # Similarities of unit vectors divided by 0.01 do not fit bfloat16's three digits.
+    with torch.autocast(video_bE.device.type, enabled=False):
+        if config.gradient == "local":
+            parts = gather_local(video_bE), gather_local(text_bE)
+            return global_contrastive_loss(*parts, temperature, everyone, config)
+        video_BE, text_BE = gather(video_bE), gather(text_bE)
+        start = rank() * len(video_bE)
+        rows = torch.arange(start, start + len(video_bE), device=video_bE.device)
+        targets_bB, allowed_bB = targets(everyone, rows, config)
+        scale = 1 / temperature
+        summed = _cross_entropy(scale * video_bE @ text_BE.T, targets_bB, allowed_bB)
+        summed = summed + _cross_entropy(scale * text_bE @ video_BE.T, targets_bB, allowed_bB)
+        return summed * world_size() / (2 * everyone.valid.sum().clamp(min=1))
 
 
 def global_contrastive_loss(
@@ -66,7 +55,7 @@ def global_contrastive_loss(
     text_BE: torch.Tensor,
     temperature: torch.Tensor,
     pairs: Pairs,
-    config: ObjectiveConfig,
+    config: ContrastiveObjective,
 ) -> torch.Tensor:
     """Returns the loss of the whole batch in one process: the reference."""
     rows = torch.arange(len(video_BE), device=video_BE.device)
@@ -78,7 +67,7 @@ def global_contrastive_loss(
 
 
 def targets(
-    pairs: Pairs, rows_b: torch.Tensor, config: ObjectiveConfig
+    pairs: Pairs, rows_b: torch.Tensor, config: ContrastiveObjective
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the target distribution and the pairs that take part, for some rows.
 
