@@ -422,8 +422,10 @@ def inputs_of(model: ModelConfig) -> InputSpec:
             return InputSpec(num_frames, student.image_size, tokenizer, "", length, *pixels)
         case InternVideo2Stage2Config():
             vision = model.vision
+            beside = RECIPES_DIR / model.tokenizer
+            name = str(beside) if (beside / "vocab.txt").is_file() else model.tokenizer
             return InputSpec(
-                vision.num_frames, vision.image_size, "bert", model.tokenizer,
+                vision.num_frames, vision.image_size, "bert", name,
                 model.context_length, *pixels, fbank=model.audio is not None,
             )  # fmt: skip
         case InternVideo2ClipConfig():

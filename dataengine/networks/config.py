@@ -211,7 +211,8 @@ class InternVideo2Stage2Config(NetworkConfig):
     vision: InternVideo2Config
     text: BertConfig = BertConfig()
     tokenizer: str = "google-bert/bert-large-uncased"
-    """Hub id or local folder of the text encoder's tokenizer."""
+    """Hub id or local folder of the text encoder's tokenizer; ``tiny_bert`` is the one beside the
+    recipes."""
     context_length: int = Field(default=32, gt=2)
     """Tokens of a caption with start and end: 32 for the 1B model, 40 for the 6B."""
     embed_dim: int = Field(default=512, gt=0)
