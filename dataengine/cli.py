@@ -18,7 +18,7 @@ from dataengine import __version__
 from dataengine.corpus_cli import corpus_app
 from dataengine.errors import EngineError
 from dataengine.queries_cli import discover, queries_app
-from dataengine.terminal import LIVE, CorpusArgument, JsonOption, console
+from dataengine.terminal import LIVE, CorpusArgument, JsonOption, console, say
 
 if TYPE_CHECKING:
     from dataengine.ingest import RunResult
@@ -162,26 +162,17 @@ def annotate(
         )
         return
     columns = ", ".join(name for name in chosen.columns if name != "provenance")
-    LIVE.print(
+    say(
         f"{result.num_clips:,} clips in {result.num_shards:,} shards annotated after "
-        f"{result.seconds:.0f} s: {columns}",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
+        f"{result.seconds:.0f} s: {columns}"
     )
     for name, num_clips in result.skipped.items():
-        LIVE.print(
-            f"{name}: {num_clips:,} clips could not be worked on and stay",
-            highlight=False,
-            markup=False,
-        )
+        say(f"{name}: {num_clips:,} clips could not be worked on and stay")
     say_alarms(Corpus.open(corpus), LIVE, chosen.columns)
     if not suffix and "caption_video" in stage and "fuse" not in stage:
-        LIVE.print(
+        say(
             "Training reads the column caption, which the stage fuse writes: add --stage fuse to "
-            "bring it up to date, or train with data.caption=caption_video.",
-            highlight=False,
-            markup=False,
+            "bring it up to date, or train with data.caption=caption_video."
         )
 
 
@@ -290,9 +281,7 @@ def plan(
         forecast.show(result, console(sys.stdout))
     if corpus:
         path = forecast.store(result, corpus)
-        LIVE.print(
-            f"Kept for the run's report: {path}", highlight=False, markup=False, soft_wrap=True
-        )
+        say(f"Kept for the run's report: {path}")
 
 
 @contextlib.contextmanager
@@ -321,31 +310,20 @@ def _say_result(result: "RunResult", corpus: str) -> None:
     failed = result.funnel.failed_videos
     if result.run_id is None:
         ended = "Nothing to do: every source has ended in this corpus before."
-        LIVE.print(ended, highlight=False, markup=False, soft_wrap=True)
+        say(ended)
     else:
-        LIVE.print(
-            f"{result.funnel.kept_clips:,} clips in {corpus} after {result.seconds:.0f} s.",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
-        )
+        say(f"{result.funnel.kept_clips:,} clips in {corpus} after {result.seconds:.0f} s.")
         report = f"{corpus.rstrip('/')}/runs/{result.run_id}/report.html"
-        LIVE.print(f"Report:  {report}", highlight=False, markup=False, soft_wrap=True)
+        say(f"Report:  {report}")
         say_alarms(Corpus.open(corpus), LIVE)
     if failed:
-        LIVE.print(
+        say(
             f"Retry:   {failed:,} source{'s' * (failed != 1)} failed for reasons that may pass: "
-            f"{_python()} -m dataengine retry {where}",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
+            f"{_python()} -m dataengine retry {where}"
         )
-    LIVE.print(
+    say(
         f'Next:    {_python()} -m dataengine query {where} "motion_score > 0.01" --limit 5\n'
-        f"         {_python()} -m training viclip_tiny --data {where}",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
+        f"         {_python()} -m training viclip_tiny --data {where}"
     )
 
 
@@ -366,11 +344,7 @@ def demo(
             seed=seed,
             progress=lambda done, _: bars.update(task, completed=done),
         )
-    LIVE.print(
-        f"{num_videos} videos in {directory}, what is in them in {truth}",
-        highlight=False,
-        markup=False,
-    )
+    say(f"{num_videos} videos in {directory}, what is in them in {truth}")
 
 
 @app.command()
@@ -386,18 +360,13 @@ def remove(
     from dataengine.remove import remove as run_remove
 
     removal = run_remove(Corpus.open(corpus), video_id)
-    LIVE.print(
+    say(
         f"Removed: {removal.num_videos:,} videos, {removal.num_clips:,} clips, "
-        f"{len(removal.shards):,} shards rewritten.",
-        highlight=False,
-        markup=False,
+        f"{len(removal.shards):,} shards rewritten."
     )
     for out in exports_of(Corpus.open(corpus)):
-        LIVE.print(
-            f"Exported to {out}. Take them out there too: dataengine export --refresh {shlex.quote(out)}",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
+        say(
+            f"Exported to {out}. Take them out there too: dataengine export --refresh {shlex.quote(out)}"
         )
 
 
@@ -410,9 +379,7 @@ def report(
     from dataengine.corpus import Corpus
     from dataengine.report import write_report
 
-    LIVE.print(
-        write_report(Corpus.open(corpus), run), highlight=False, markup=False, soft_wrap=True
-    )
+    say(write_report(Corpus.open(corpus), run))
 
 
 def _show_version(wanted: bool) -> None:
@@ -454,9 +421,9 @@ def main() -> None:
     except EngineError as error:
         if os.environ.get("DATAENGINE_DEBUG"):
             raise
-        LIVE.print(f"error: {error.message}", markup=False, highlight=False, soft_wrap=True)
+        say(f"error: {error.message}")
         if error.hint:
-            LIVE.print(f"\nhint: {error.hint}", markup=False, highlight=False, soft_wrap=True)
+            say(f"\nhint: {error.hint}")
         sys.exit(error.exit_code)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads the rest
@@ -465,5 +432,5 @@ def main() -> None:
         if os.environ.get("DATAENGINE_DEBUG") or error.filename is None:
             raise
         what = f"error: {error.strerror}: {error.filename}"
-        LIVE.print(what, markup=False, highlight=False, soft_wrap=True)
+        say(what)
         sys.exit(1)

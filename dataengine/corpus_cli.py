@@ -19,6 +19,7 @@ from dataengine.terminal import (
     OutputFormat,
     console,
     print_table,
+    say,
     text_output,
 )
 
@@ -174,15 +175,12 @@ def subset(
     )
     _say_percentiles(made.percentiles)
     for kind, count in made.removed.items():
-        LIVE.print(f"{count:,} {kind} duplicates removed.", highlight=False, markup=False)
+        say(f"{count:,} {kind} duplicates removed.")
     short = num_clips is not None and made.num_clips < num_clips
-    LIVE.print(
+    say(
         f"{made.num_clips:,} clips of {made.num_videos:,} videos, out of {made.num_candidates:,} "
         f"that pass{' (fewer than asked for: these are all)' if short else ''}.\n"
-        f"Next:    python -m training RECIPE --data '{corpus}#{name}'",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
+        f"Next:    python -m training RECIPE --data '{corpus}#{name}'"
     )
 
 
@@ -204,13 +202,11 @@ def compact(
 
     done = run_compact(Corpus.open(corpus), full=full, keep=keep, memory=memory)
     if not done.num_clips:
-        LIVE.print("Nothing to merge.", highlight=False, markup=False)
+        say("Nothing to merge.")
         return
-    LIVE.print(
+    say(
         f"{done.num_clips:,} clips of {done.num_shards:,} shards merged in {done.seconds:.1f} s; the "
-        f"catalog is {done.num_files:,} files now. Snapshot {done.snapshot}.",
-        highlight=False,
-        markup=False,
+        f"catalog is {done.num_files:,} files now. Snapshot {done.snapshot}."
     )
 
 
@@ -309,20 +305,14 @@ def export(
         settings = settings_of(format_name, options | {"corpus": url, "subset": name})
     done = run_export(settings, out, replace=replace_existing, memory=memory, console=LIVE)
     counts = ", ".join(f"{number:,} {name}" for name, number in done.counts.items())
-    LIVE.print(f"{counts}.", highlight=False, markup=False)
+    say(f"{counts}.")
     if done.sync is not None:
-        LIVE.print(
+        say(
             f"Written now: {done.sync.num_written:,} clips; {done.sync.added:,} new files, "
-            f"{len(done.sync.rewritten):,} written again, {len(done.sync.removed):,} removed.",
-            highlight=False,
-            markup=False,
+            f"{len(done.sync.rewritten):,} written again, {len(done.sync.removed):,} removed."
         )
     if done.counts.get("problems"):
-        LIVE.print(
-            f"Why clips were left out: column problem of {out}/index.",
-            highlight=False,
-            markup=False,
-        )
+        say(f"Why clips were left out: column problem of {out}/index.")
 
 
 @corpus_app.command("import")
@@ -334,11 +324,9 @@ def import_export(
     from dataengine.export.imports import import_export as run_import
 
     done = run_import(source, corpus, console=LIVE)
-    LIVE.print(
+    say(
         f"{done.num_clips:,} clips of {done.num_videos:,} videos in {done.num_shards:,} shards; "
-        f"{done.num_known:,} videos were there already.",
-        highlight=False,
-        markup=False,
+        f"{done.num_known:,} videos were there already."
     )
 
 
@@ -403,18 +391,13 @@ def verify(
         typer.echo(problem)
     if result.checked_shards < result.num_shards:
         share = 100 * result.checked_shards / result.num_shards
-        LIVE.print(
+        say(
             f"Looked into {result.checked_shards:,} of {result.num_shards:,} shards ({share:.3g} %, "
-            f"{result.checked_clips:,} clips); catalog and ledger were checked whole.",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
+            f"{result.checked_clips:,} clips); catalog and ledger were checked whole."
         )
-    LIVE.print(
+    say(
         f"{result.num_clips:,} clips in {result.num_shards:,} shards, {result.num_videos:,} sources: "
-        + (f"{len(result.problems):,} problems" if result.problems else "all in order"),
-        highlight=False,
-        markup=False,
+        + (f"{len(result.problems):,} problems" if result.problems else "all in order")
     )
     raise typer.Exit(1 if result.problems else 0)
 
@@ -433,28 +416,20 @@ def view(
     from dataengine.viewer.server import view as run_view
 
     if host not in ("127.0.0.1", "localhost", "::1"):
-        LIVE.print(
-            f"Whoever reaches {host} and has the address may look and save subsets, over plain HTTP.",
-            highlight=False,
-            markup=False,
+        say(
+            f"Whoever reaches {host} and has the address may look and save subsets, over plain HTTP."
         )
     run_view(data, host=host, port=port, open_browser=open_browser, memory=memory, say=typer.echo)
 
 
 def _say_percentiles(percentiles: "tuple[Percentile, ...]") -> None:
     for percentile in percentiles:
-        LIVE.print(
-            f"p{percentile.percent:g} of {percentile.column} is {percentile.text}",
-            highlight=False,
-            markup=False,
-        )
+        say(f"p{percentile.percent:g} of {percentile.column} is {percentile.text}")
 
 
 def _say_without(num_clips: int, outcome: str) -> None:
     if num_clips:
-        LIVE.print(
-            f"{num_clips:,} clips have no embedding and {outcome}.", highlight=False, markup=False
-        )
+        say(f"{num_clips:,} clips have no embedding and {outcome}.")
 
 
 def _weights(text: str) -> dict[str, float]:
@@ -553,4 +528,4 @@ def _write_page(path: Path, page: str) -> None:
         path.write_text(page, encoding="utf-8")
     except OSError as error:
         raise EngineError(f"The page cannot be written: {error}") from None
-    LIVE.print(f"Page:    {path}", highlight=False, markup=False, soft_wrap=True)
+    say(f"Page:    {path}")

@@ -13,7 +13,7 @@ from rich.progress import Progress
 
 from dataengine.errors import ConfigError
 from dataengine.stage import Settings
-from dataengine.terminal import LIVE
+from dataengine.terminal import LIVE, say
 
 if TYPE_CHECKING:
     from dataengine.models.llm import LanguageModel
@@ -110,19 +110,11 @@ def build(
         about["extraction"] = notes | {"settings": extract.model_dump()}
     merged, ended = q.merge(found, settings)
     record = q.write_queries(output, merged, ended, about, report)
-    LIVE.print(
-        f"{len(merged):,} queries in {output} from {len(found):,} labels",
-        highlight=False,
-        markup=False,
-    )
+    say(f"{len(merged):,} queries in {output} from {len(found):,} labels")
     for outcome, number in record["outcomes"].items():
-        LIVE.print(f"  {outcome.replace('_', ' ')}: {number:,}", highlight=False, markup=False)
+        say(f"  {outcome.replace('_', ' ')}: {number:,}")
     for reason, number in about.get("extraction", {}).get("failed_pieces", {}).items():
-        LIVE.print(
-            f"  pieces of text without an answer, {reason}: {number:,}",
-            highlight=False,
-            markup=False,
-        )
+        say(f"  pieces of text without an answer, {reason}: {number:,}")
 
 
 def discover(
@@ -181,19 +173,14 @@ def discover(
             progress=lambda done, total: bars.update(task, completed=done, total=total),
         )
     out = ", ".join(f"{number:,} {reason}" for reason, number in record["left_out"].items())
-    LIVE.print(
+    say(
         f"{record['num_videos']:,} videos in {output} from {record['num_searches']:,} searches"
-        + (f"; left out: {out}" if out else ""),
-        highlight=False,
-        markup=False,
+        + (f"; left out: {out}" if out else "")
     )
     sets = " ".join(f"--set {override}" for override in record["ingest_set"])
-    LIVE.print(
+    say(
         f"Next:    dataengine ingest pipelines/quickstart.yaml --sources {shlex.quote(str(output))} "
-        f"--corpus CORPUS {sets}",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
+        f"--corpus CORPUS {sets}"
     )
 
 

@@ -21,6 +21,11 @@ DataArgument = Annotated[str, typer.Argument(help="CORPUS, or CORPUS#SUBSET.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="For programs, on stdout.")]
 
 
+def say(text: str) -> None:
+    """Writes a message as it is: brackets are no markup, long lines are not broken."""
+    LIVE.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
 class OutputFormat(StrEnum):
     """How rows are written."""
 
