@@ -194,9 +194,14 @@ class BertConfig(NetworkConfig):
     max_positions: int = Field(default=512, gt=0)
     num_token_types: int = Field(default=2, gt=0)
     dropout: float = Field(default=0.1, ge=0, lt=1)
+    mask_id: int = Field(default=103, ge=0)
+    """The tokenizer's id of ``[MASK]``; 103 in all of Google's vocabularies. ``[PAD]`` is 0, and
+    ``[CLS]`` is the first token of a text, whatever its id."""
 
     @model_validator(mode="after")
     def _fits(self) -> "BertConfig":
+        if self.mask_id >= self.vocab_size:
+            raise ValueError(f"mask_id {self.mask_id} is no word of {self.vocab_size}: set it")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
         if self.fusion_layer > self.layers:
@@ -228,6 +233,15 @@ class InternVideo2Stage2Config(NetworkConfig):
     init_temperature: float = Field(default=0.07, ge=0.001, le=0.5)
     pixel_mean: tuple[float, float, float] = IMAGENET_MEAN
     pixel_std: tuple[float, float, float] = IMAGENET_STD
+
+    @model_validator(mode="after")
+    def _fits(self) -> "InternVideo2Stage2Config":
+        if self.context_length > self.text.max_positions:
+            raise ValueError(
+                f"context_length {self.context_length} is more than max_positions "
+                f"{self.text.max_positions} of the text encoder"
+            )
+        return self
 
 
 class MobileClipTextConfig(NetworkConfig):
