@@ -4,13 +4,15 @@
 State-dict keys and shapes are those of the published checkpoints (``vision_encoder.*``,
 ``text_encoder.*``, ``temp``), so that they load as they are.
 
-B clips, T frames, C channels, H W pixels, h w patches of a frame, P = h * w, N tokens,
-L text tokens, D width of a tower, E embedding.
+B clips, T frames, C channels, H W pixels, h w patches of a frame, p q pixels of a patch,
+N = h * w * T patches of a clip, K kept ones, L text tokens, D width of a tower, E embedding.
 
 Source: InternVid (Wang et al. 2023, arXiv:2307.06942), section 4.
 """
 
+import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -31,6 +33,27 @@ MIN_TEMPERATURE = 0.01
 """CLIP and ViCLIP let similarities be scaled by no more than 100."""
 
 
+def _published(
+    patch_size: int, width: int, layers: int, heads: int, text_width: int, embed_dim: int
+) -> ViCLIPConfig:
+    return ViCLIPConfig(
+        kind="viclip",
+        embed_dim=embed_dim,
+        video=VideoTowerConfig(
+            image_size=224, patch_size=patch_size, num_frames=8,
+            width=width, layers=layers, heads=heads,
+        ),
+        text=TextTowerConfig(width=text_width, layers=12, heads=text_width // 64),
+    )  # fmt: skip
+
+
+PUBLISHED: Mapping[str, ViCLIPConfig] = {
+    "B": _published(16, width=768, layers=12, heads=12, text_width=512, embed_dim=512),
+    "L": _published(14, width=1024, layers=24, heads=16, text_width=768, embed_dim=768),
+}
+"""Shapes of the released models: 149.60 M and 427.59 M parameters in 303 and 447 tensors."""
+
+
 class ViCLIP(nn.Module):
     """Two towers and a learnt temperature; knows no loss and no distribution."""
 
@@ -39,6 +62,7 @@ class ViCLIP(nn.Module):
         self.temp = nn.Parameter(torch.tensor(config.init_temperature))
         self.vision_encoder = VideoTower(config.video, config.embed_dim)
         self.text_encoder = TextTower(config.text, config.embed_dim)
+        self._freeze_text = config.freeze_text
         if config.freeze_text:
             self.text_encoder.requires_grad_(False)
 
@@ -56,8 +80,9 @@ class ViCLIP(nn.Module):
         return F.normalize(self.vision_encoder(frames_BTCHW).float(), dim=-1)
 
     def encode_text(self, tokens_BL: torch.Tensor) -> torch.Tensor:
-        """Returns unit-length features, float32 [B, E]."""
-        return F.normalize(self.text_encoder(tokens_BL).float(), dim=-1)
+        """Returns unit-length features, float32 [B, E]; without gradient if the tower is frozen."""
+        with torch.no_grad() if self._freeze_text else nullcontext():
+            return F.normalize(self.text_encoder(tokens_BL).float(), dim=-1)
 
 
 class VideoTower(nn.Module):
@@ -68,6 +93,7 @@ class VideoTower(nn.Module):
         width, patch = config.width, config.patch_size
         num_patches = (config.image_size // patch) ** 2
         scale = width**-0.5
+        self.patch_size = patch
         self.mask_ratio = config.mask_ratio
         # A kernel of one frame: time enters through the temporal embedding alone.
         self.conv1 = nn.Conv3d(3, width, (1, patch, patch), (1, patch, patch), bias=False)
@@ -88,21 +114,24 @@ class VideoTower(nn.Module):
 
     def forward(self, frames_BTCHW: torch.Tensor) -> torch.Tensor:
         """Returns [B, E], not normalised."""
-        x_BND = self.ln_pre(self._tokens(frames_BTCHW))
-        x_BND = self.ln_post(self.transformer(x_BND))
-        return x_BND[:, 0] @ self.proj
+        x_BND = self.transformer(self.ln_pre(self._tokens(frames_BTCHW)))
+        # The norm is a token's own business: that of the class token is enough.
+        return self.ln_post(x_BND[:, 0]) @ self.proj
 
     def _tokens(self, frames_BTCHW: torch.Tensor) -> torch.Tensor:
-        """Returns the class token and the patch tokens, [B, 1 + N, D]."""
+        """Returns the class token and the patch tokens, [B, 1 + N, D], or [B, 1 + K, D] if masked.
+
+        What is masked is left out before it is projected, which changes no number and saves, with
+        nine tenths masked, as much of the work.
+        """
         B, T = frames_BTCHW.shape[:2]
-        x_BDThw = self.conv1(frames_BTCHW.transpose(1, 2))
-        # Spatial-major, time fastest: the order of the published model, which masking and any
-        # comparison of tokens depend on.
-        x_BPTD = x_BDThw.flatten(3).permute(0, 3, 2, 1)
-        x_BPTD = x_BPTD + self.positional_embedding[1:, None] + self._temporal(T)
-        x_BND = x_BPTD.flatten(1, 2)
+        places_ND = (self.positional_embedding[1:, None] + self._temporal(T)).flatten(0, 1)
+        kept_BK = None
         if self.training and self.mask_ratio > 0:
-            x_BND = keep_random(x_BND, self.mask_ratio)
+            kept_BK = random_kept(B, len(places_ND), self.mask_ratio, frames_BTCHW.device)
+            places_ND = F.embedding(kept_BK, places_ND)
+        patches_BNF = patches_of(frames_BTCHW, self.patch_size, kept_BK)
+        x_BND = F.linear(patches_BNF, self.conv1.weight.flatten(1)) + places_ND
         class_token_D = self.class_embedding + self.positional_embedding[0]
         return torch.cat([class_token_D.to(x_BND.dtype).expand(B, 1, -1), x_BND], dim=1)
 
@@ -141,17 +170,95 @@ class TextTower(nn.Module):
         return x_BLD[torch.arange(len(x_BLD), device=x_BLD.device), end_B] @ self.text_projection
 
 
-def keep_random(x_BND: torch.Tensor, mask_ratio: float) -> torch.Tensor:
-    """Returns a random share of each sample's tokens in their own order.
+def patches_of(
+    frames_BTCHW: torch.Tensor, patch_size: int, kept_BK: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Returns the pixels of patches, [B, N, C * p * q], or [B, K, C * p * q] of the kept ones.
+
+    Patch after patch, and the frames of each: the order of the published model, which masking and any
+    comparison of tokens depend on.
+
+    Args:
+        frames_BTCHW: H and W are multiples of ``patch_size``.
+        patch_size: Pixels.
+        kept_BK: Numbers of the patches to be returned, int64.
+    """
+    T = frames_BTCHW.shape[1]
+    x_BTChpwq = frames_BTCHW.unflatten(4, (-1, patch_size)).unflatten(3, (-1, patch_size))
+    x_BhwTCpq = x_BTChpwq.permute(0, 3, 5, 1, 2, 4, 6)
+    if kept_BK is None:
+        return x_BhwTCpq.flatten(1, 3).flatten(2)
+    w = x_BhwTCpq.shape[2]
+    patch_BK, frame_BK = kept_BK // T, kept_BK % T
+    row_B1 = torch.arange(len(kept_BK), device=kept_BK.device)[:, None]
+    return x_BhwTCpq[row_B1, patch_BK // w, patch_BK % w, frame_BK].flatten(2)
+
+
+def random_kept(
+    batch_size: int, num_tokens: int, mask_ratio: float, device: torch.device
+) -> torch.Tensor:
+    """Returns the numbers of a random share of each sample's tokens, rising, int64 [B, K].
 
     ``int(mask_ratio * N)`` tokens are left out, drawn over all of space and time, anew for each
-    sample.
+    sample, by the device's default generator.
     """
-    B, N, D = x_BND.shape
-    num_kept = N - int(mask_ratio * N)
-    shuffled_BN = torch.rand(B, N, device=x_BND.device).argsort(dim=1)
-    kept_BK = shuffled_BN[:, :num_kept].sort(dim=1).values
-    return x_BND.gather(1, kept_BK[..., None].expand(-1, -1, D))
+    num_kept = num_tokens - int(mask_ratio * num_tokens)
+    shuffled_BN = torch.rand(batch_size, num_tokens, device=device).argsort(dim=1)
+    return shuffled_BN[:, :num_kept].sort(dim=1).values
+
+
+def fit_positions(
+    state: Mapping[str, torch.Tensor], config: ViCLIPConfig
+) -> dict[str, torch.Tensor]:
+    """Returns the weights of a ViCLIP with its position embeddings brought to another shape.
+
+    Frames: the first ones if fewer are wanted, linear interpolation if more. Space: bicubic. Text: the
+    first ones, or zeros behind them. All as published.
+
+    Raises:
+        ValueError: If the spatial positions are not those of a square.
+    """
+    fitted = dict(state)
+    video = config.video
+    name = "vision_encoder.temporal_positional_embedding"
+    if name in state:
+        fitted[name] = resize_time(state[name], video.num_frames)
+    name = "vision_encoder.positional_embedding"
+    if name in state:
+        fitted[name] = resize_space(state[name], video.image_size // video.patch_size)
+    name = "text_encoder.positional_embedding"
+    if name in state:
+        fitted[name] = resize_context(state[name], config.text.context_length)
+    return fitted
+
+
+def resize_time(table_1TD: torch.Tensor, num_frames: int) -> torch.Tensor:
+    """Returns [1, num_frames, D]: the first ones, or interpolated linearly if more are wanted."""
+    if num_frames <= table_1TD.shape[1]:
+        return table_1TD[:, :num_frames]
+    return F.interpolate(table_1TD.transpose(1, 2), size=num_frames, mode="linear").transpose(1, 2)
+
+
+def resize_space(table_PD: torch.Tensor, side: int) -> torch.Tensor:
+    """Returns [1 + side ** 2, D], interpolated bicubically; the class token's, the first, is kept.
+
+    Raises:
+        ValueError: If the others are not those of a square.
+    """
+    old_side = math.isqrt(len(table_PD) - 1)
+    if old_side**2 != len(table_PD) - 1:
+        raise ValueError(f"{len(table_PD) - 1} positions are not those of a square")
+    if old_side == side:
+        return table_PD
+    table_1Dhw = table_PD[1:].T.unflatten(1, (old_side, old_side))[None]
+    resized = F.interpolate(table_1Dhw, size=(side, side), mode="bicubic", align_corners=False)
+    return torch.cat([table_PD[:1], resized[0].flatten(1).T])
+
+
+def resize_context(table_LD: torch.Tensor, context_length: int) -> torch.Tensor:
+    """Returns [context_length, D]: the first ones, with zeros behind them if more are wanted."""
+    cut_LD = table_LD[:context_length]
+    return F.pad(cut_LD, (0, 0, 0, context_length - len(cut_LD)))
 
 
 _HEAD_WIDTH = 64

@@ -5,35 +5,28 @@ from torch import nn
 
 from dataengine.networks.text import END_OF_TEXT, clean_caption, tokenise
 from dataengine.networks.transformer import Attention
-from dataengine.networks.viclip import ViCLIP, keep_random
+from dataengine.networks.viclip import (
+    PUBLISHED,
+    ViCLIP,
+    fit_positions,
+    patches_of,
+    random_kept,
+    resize_space,
+)
 from training.config import ViCLIPConfig, load_recipe
-
-
-def published(size):
-    """Sizes of the released checkpoints."""
-    video = {"image_size": 224, "num_frames": 8}
-    if size == "B":
-        video |= {"patch_size": 16, "width": 768, "layers": 12, "heads": 12}
-        text, embed_dim = {"width": 512, "layers": 12, "heads": 8}, 512
-    else:
-        video |= {"patch_size": 14, "width": 1024, "layers": 24, "heads": 16}
-        text, embed_dim = {"width": 768, "layers": 12, "heads": 12}, 768
-    return ViCLIPConfig.model_validate(
-        {"kind": "viclip", "embed_dim": embed_dim, "video": video, "text": text}
-    )
 
 
 @pytest.mark.parametrize(("size", "tensors", "millions"), [("B", 303, 149.60), ("L", 447, 427.59)])
 def test_published_sizes(size, tensors, millions):
     with torch.device("meta"):
-        state = ViCLIP(published(size)).state_dict()
+        state = ViCLIP(PUBLISHED[size]).state_dict()
     assert len(state) == tensors
     assert round(sum(tensor.numel() for tensor in state.values()) / 1e6, 2) == millions
 
 
 def test_published_names_and_shapes():
     with torch.device("meta"):
-        state = ViCLIP(published("B")).state_dict()
+        state = ViCLIP(PUBLISHED["B"]).state_dict()
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     expected = {
         "temp": (),
@@ -70,7 +63,7 @@ def test_published_names_and_shapes():
 def test_viclip_b_recipe_is_the_published_size():
     config = load_recipe("viclip_b").model
     assert isinstance(config, ViCLIPConfig)
-    own, theirs = config.model_dump(), published("B").model_dump()
+    own, theirs = config.model_dump(), PUBLISHED["B"].model_dump()
     for tower in ("video", "text"):
         for field in ("width", "layers", "heads"):
             assert own[tower][field] == theirs[tower][field]
@@ -128,11 +121,82 @@ def test_single_image_takes_the_mean_temporal_embedding(model):
 
 def test_masking_keeps_a_random_share_in_order():
     torch.manual_seed(0)
-    tokens = torch.arange(40.0).repeat(3, 1)[..., None]
-    kept = keep_random(tokens, 0.9).squeeze(-1)
+    kept = random_kept(3, 40, 0.9, torch.device("cpu"))
     assert kept.shape == (3, 4)
     assert (kept.diff(dim=1) > 0).all()
     assert len({tuple(row) for row in kept.tolist()}) == 3
+    # Every token is kept as often as any other.
+    counts = random_kept(4000, 10, 0.7, torch.device("cpu")).flatten().bincount(minlength=10)
+    assert counts.min() > 1100
+    assert counts.max() < 1300
+
+
+def test_masked_clips_have_the_tokens_that_were_kept(model):
+    tower = model.vision_encoder
+    with torch.no_grad():
+        tower.temporal_positional_embedding.normal_()
+    frames = torch.randn(3, 2, 3, 32, 32)
+    whole = tower._tokens(frames)
+    tower.mask_ratio = 0.5
+    tower.train()
+    torch.manual_seed(3)
+    masked = tower._tokens(frames)
+    torch.manual_seed(3)
+    kept = random_kept(3, 8, 0.5, frames.device)
+    expected = whole[:, 1:].gather(1, kept[..., None].expand(-1, -1, 32))
+    torch.testing.assert_close(masked[:, 1:], expected)
+    torch.testing.assert_close(masked[:, 0], whole[:, 0])
+
+
+def test_patches_projected_are_the_published_convolution(model):
+    tower = model.vision_encoder
+    frames = torch.randn(2, 2, 3, 32, 32)
+    maps_BDThw = tower.conv1(frames.transpose(1, 2))
+    projected = torch.nn.functional.linear(patches_of(frames, 16), tower.conv1.weight.flatten(1))
+    torch.testing.assert_close(projected, maps_BDThw.flatten(3).permute(0, 3, 2, 1).flatten(1, 2))
+
+
+def test_frozen_text_tower_does_no_gradient_work(recipe):
+    model = ViCLIP(recipe(model__freeze_text=True).model).train()
+    tokens = tokenise(["a red square"], 16)
+    assert not model.encode_text(tokens).requires_grad
+    video, text, temperature = model(torch.randn(1, 2, 3, 32, 32), tokens)
+    (video @ text.T / temperature).sum().backward()
+    without = {name for name, p in model.named_parameters() if p.grad is None}
+    assert without == {name for name, _ in model.named_parameters() if "text_encoder" in name}
+
+
+def test_positions_of_another_shape(recipe):
+    config = recipe().model
+    video = config.video.model_copy(update={"num_frames": 3, "image_size": 64})
+    text = config.text.model_copy(update={"context_length": 4})
+    other = config.model_copy(update={"video": video, "text": text})
+    time, space = (
+        "vision_encoder.temporal_positional_embedding",
+        "vision_encoder.positional_embedding",
+    )
+    words = "text_encoder.positional_embedding"
+    state = {
+        time: torch.tensor([0.0, 6.0])[None, :, None],
+        space: torch.tensor([9.0, 0.0, 1.0, 0.0, 1.0])[:, None],
+        words: torch.arange(6.0)[:, None],
+        "temp": torch.tensor(0.01),
+    }
+    fitted = fit_positions(state, other)
+    assert fitted[time].flatten().tolist() == pytest.approx([0.0, 3.0, 6.0])
+    # Rows are equal, columns rise, the class token stays.
+    assert fitted[space].shape == (17, 1)
+    assert fitted[space][0].item() == 9
+    grid = fitted[space][1:, 0].view(4, 4)
+    torch.testing.assert_close(grid[0], grid[3])
+    assert (grid[0].diff() > 0).all()
+    assert fitted[words].flatten().tolist() == [0, 1, 2, 3]
+    back = fit_positions(fitted, config)
+    assert back[time].flatten().tolist() == pytest.approx([0.0, 3.0])
+    assert back[words].flatten().tolist() == [0, 1, 2, 3] + 12 * [0]
+    assert back["temp"] is state["temp"]
+    with pytest.raises(ValueError, match="5 positions"):
+        resize_space(torch.zeros(6, 1), 2)
 
 
 def test_masking_is_off_in_evaluation(recipe):
