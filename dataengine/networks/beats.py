@@ -208,10 +208,29 @@ class Beats(nn.Module):
         lengths = [max(len(wave), self.min_samples) for wave in waves]
         columns = [(1 + (length - FRAME) // SHIFT) // edge for length in lengths]
         heard = torch.tensor([count * (MEL_BINS // edge) for count in columns], device=device)
-        maps_BDTM = self.patches(fbank_BTM.to(dtype).unsqueeze(1))
-        x_BND = self.project(self.patch_norm(maps_BDTM.flatten(2).transpose(1, 2)))
+        x_BND = self._patch_tokens(fbank_BTM.to(dtype))
         there_BN = torch.arange(x_BND.shape[1], device=device) < heard[:, None]
         return self._transform(x_BND, there_BN), there_BN
+
+    def hear(self, fbank_BTM: torch.Tensor) -> torch.Tensor:
+        """Encodes spectrograms as they are: every patch counts, silence that was added included.
+
+        As InternVideo2's second stage does with 998 frames of 64 bins, 62 x 4 patches.
+
+        Args:
+            fbank_BTM: Filter banks on which `FBANK_MEAN` and `FBANK_STD` were used already; frames and
+                bins that fill no whole patch are not heard.
+
+        Returns:
+            Features [B, N, D] in time order, all bands of a moment together.
+        """
+        x_BND = self._patch_tokens(fbank_BTM)
+        return self._transform(x_BND, torch.ones_like(x_BND[..., 0], dtype=torch.bool))
+
+    def _patch_tokens(self, fbank_BTM: torch.Tensor) -> torch.Tensor:
+        """Returns [B, N, D]."""
+        maps_BDTM = self.patches(fbank_BTM.unsqueeze(1))
+        return self.project(self.patch_norm(maps_BDTM.flatten(2).transpose(1, 2)))
 
     def _transform(self, x_BND: torch.Tensor, there_BN: torch.Tensor) -> torch.Tensor:
         x_BND = x_BND * there_BN[..., None]

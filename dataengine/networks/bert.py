@@ -361,12 +361,13 @@ def _download(name: str) -> tuple[list[Path], str]:
     """Returns the file of a model on the hub, from its cache where it is there, or why there is none."""
     try:
         from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError
     except ImportError:
         return [], "it is no folder, and huggingface_hub is not installed"
     problem = ""
     for file in _FILES:
         try:
             return [Path(hf_hub_download(name, file))], ""
-        except Exception as error:  # the hub's client raises its own, httpx' and OSError
+        except (OSError, ValueError, HfHubHTTPError) as error:  # no network, no name, no such file
             problem = problem or " ".join(str(error).split())[:300]
     return [], problem
