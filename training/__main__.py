@@ -1,29 +1,46 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m training RECIPE --data CORPUS``, in one process or under torchrun."""
+"""``python -m training RECIPE --data CORPUS``, in one process, under torchrun, or over Ray."""
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
 import yaml
 
-from training.config import load_recipe
-from training.console import is_main_process, run_command, say
+from dataengine.errors import ConfigError
+from training.config import InitConfig, SourceConfig, TrainConfig, load_recipe
+from training.console import run_command, say
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Trains a recipe on a corpus and prints retrieval before and after; returns the exit code."""
+    """Trains a recipe on corpora and prints retrieval before and after; returns the exit code."""
+    given = _parser().parse_args(arguments)
+    return run_command(lambda: _run(given))
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m training",
-        description="Trains a model on a corpus' Parquet shards.",
-        epilog="Several processes: torchrun --nproc-per-node 2 -m training RECIPE --data CORPUS",
+        description="Trains a model on the Parquet shards of one corpus or more.",
+        epilog="Several processes: torchrun --nproc-per-node 8 -m training RECIPE --data CORPUS",
     )
     parser.add_argument("recipe", help="a name in training/recipes, or the path of a YAML file")
     parser.add_argument(
         "--data",
-        required=True,
-        metavar="CORPUS[#SUBSET]",
-        help="a corpus folder or fsspec URL; all of it, or CORPUS/subsets/SUBSET.parquet",
+        action="append",
+        default=[],
+        metavar="CORPUS[#SUBSET][=WEIGHT]",
+        help="a corpus folder or fsspec URL, all of it or a subset, and how often an epoch sees each "
+        "of its clips (default 1); may be repeated; replaces data.sources",
+    )
+    parser.add_argument(
+        "--init",
+        action="append",
+        default=[],
+        metavar="KIND:PATH",
+        help="where first weights come from: clip:, weights: or checkpoint: and a path; may be "
+        "repeated; replaces init",
     )
     parser.add_argument(
         "--set",
@@ -42,31 +59,115 @@ def main(arguments: list[str] | None = None) -> int:
         default=True,
         help="go on from the newest checkpoint in --output (default), or set it aside",
     )
-    given = parser.parse_args(arguments)
+    dry = parser.add_argument_group("without training")
+    dry.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print parameters, FLOPs, memory per GPU and the batch that fits; reads no data",
+    )
+    dry.add_argument("--num-gpus", type=int, default=8, help="GPUs to plan for (default: 8)")
+    dry.add_argument(
+        "--gpu-memory-gb", type=float, default=80.0, help="memory of each, GB (default: 80)"
+    )
+    dry.add_argument("--json", action="store_true", help="print the plan as JSON")
+    ray = parser.add_argument_group("over Ray Train")
+    ray.add_argument("--ray", metavar="ADDRESS", help="a Ray cluster, or auto; local starts one")
+    ray.add_argument("--num-workers", type=int, default=1, help="training processes (default: 1)")
+    ray.add_argument(
+        "--gpus-per-worker", type=float, default=0.0, help="0 trains on CPUs (default)"
+    )
+    ray.add_argument(
+        "--max-failures", type=int, default=3, help="restarts after a lost worker (default: 3)"
+    )
+    return parser
 
-    def train() -> None:
-        config = load_recipe(given.recipe, given.overrides)
-        # Imported late: a mistake in the recipe is told at once, not after torch's seconds.
-        from training.distributed import start
-        from training.trainer import Trainer
 
-        output = given.output or Path("out", "train", Path(given.recipe).stem)
-        with start() as world:
-            trainer = Trainer(config, given.data, output, world, resume=given.resume)
-            if world.is_main:
-                resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-                (output / "config.resolved.yaml").write_text(resolved)
-            result = trainer.run()
-        if not is_main_process():
-            return
-        say(f"{result.step} steps done, checkpoints in {output / 'checkpoints'}")
+def _run(given: argparse.Namespace) -> int:
+    config = load_recipe(given.recipe, given.overrides)
+    if given.init:
+        config = config.model_copy(update={"init": tuple(map(parse_init, given.init))})
+    if given.data:
+        sources = tuple(map(parse_source, given.data))
+        data = config.data.model_copy(update={"sources": sources})
+        config = config.model_copy(update={"data": data})
+    if given.dry_run:
+        from training.dry_run import print_plan
+
+        print_plan(config, given.num_gpus, given.gpu_memory_gb, as_json=given.json)
+        return 0
+    if not config.data.sources:
+        raise ConfigError("No corpus to train on", "--data CORPUS, or data.sources in the recipe")
+    output = given.output or Path("out", "train", Path(given.recipe).stem)
+    if given.ray:
+        from training.ray_train import train_over_ray
+
+        return train_over_ray(
+            config,
+            output,
+            address=given.ray,
+            num_workers=given.num_workers,
+            gpus_per_worker=given.gpus_per_worker,
+            max_failures=given.max_failures,
+            resume=given.resume,
+        )
+    return train(config, output, resume=given.resume)
+
+
+def train(config: TrainConfig, output: Path, *, resume: bool) -> int:
+    """Trains in this process, one of torchrun's or Ray's or alone; returns the exit code."""
+    # Imported late: a mistake in the recipe is told at once, not after torch's seconds.
+    from training.distributed import start
+    from training.trainer import Trainer
+
+    with start() as world:
+        trainer = Trainer(config, output, world, resume=resume)
+        if world.is_main:
+            resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+            (output / "config.resolved.yaml").write_text(resolved)
+        result = trainer.run()
+        is_main = world.is_main
+    if result.stopped_by is not None:
+        if is_main:
+            say(f"stopped after step {result.step}; the same command goes on from there")
+        return 128 + result.stopped_by
+    if is_main:
+        say(f"{result.step} steps done, model in {output / 'model'}")
         for name, retrieval in (("before", result.before), ("after", result.after)):
             for line in retrieval.lines() if retrieval else ():
                 say(f"{name:6}  {line}")
         if result.after:
             say(result.after.headline())
+    return 0
 
-    return run_command(train)
+
+def parse_source(text: str) -> SourceConfig:
+    """Returns the source that ``CORPUS[#SUBSET][=WEIGHT]`` names.
+
+    Raises:
+        ConfigError: If the weight is not positive.
+    """
+    found = re.fullmatch(r"(.+?)(?:=([0-9.eE+-]+))?", text, re.DOTALL)
+    data, weight = (found[1], found[2]) if found else (text, None)
+    try:
+        number = 1.0 if weight is None else float(weight)
+    except ValueError:  # a path that ends like =1.2.3
+        data, number = text, 1.0
+    if not number > 0:
+        raise ConfigError(f"--data {text}: the weight must be above 0")
+    return SourceConfig(data=data, weight=number)
+
+
+def parse_init(text: str) -> InitConfig:
+    """Returns what ``KIND:PATH`` names.
+
+    Raises:
+        ConfigError: If the kind is unknown or there is no path.
+    """
+    kind, _, path = text.partition(":")
+    kinds = ("clip", "weights", "checkpoint")
+    if kind not in kinds or not path:
+        raise ConfigError(f"--init {text}: expected KIND:PATH", f"kinds: {', '.join(kinds)}")
+    return InitConfig.model_validate({"kind": kind, "path": path})
 
 
 if __name__ == "__main__":

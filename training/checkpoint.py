@@ -1,81 +1,151 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run's whole state in a folder that appears complete or not at all.
 
-``checkpoints/step_<step>/``: ``model.safetensors`` (weights alone, readable by anything),
-``state.pt`` (optimizer, loader, random generators; loaded without pickle's code execution) and
-``meta.json`` (step, recipe, versions, and the files' sizes by which a damaged one is known).
+``checkpoints/step_<step>/`` is what torch.distributed.checkpoint writes, a file or more a process, and
+``meta.json``: step, recipe, place in the data, versions, and the files' sizes by which a damaged one
+is known. It is written last, in a folder whose name is not yet a checkpoint's; then that is renamed.
+
+Tensors are named ``model.<parameter>``, ``ema.<parameter>``, ``optim.<parameter>.<part>`` and
+``random.<process>.<device>``; they can be read by another number of processes, sharded or not.
 """
 
 import json
 import logging
 import os
 import shutil
+import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from dataengine.errors import EngineError
 from training.config import TrainConfig, config_from_dict
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
-_META, _MODEL, _STATE = "meta.json", "model.safetensors", "state.pt"
+# A single process is what is meant.
+warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+
+FORMAT_VERSION = 2
+_META = "meta.json"
+_STATE = ("model.", "ema.", "optim.")
+_OTHER_RECIPE = "train with the recipe it was written with, or into another --output"
 
 
 class CheckpointError(EngineError):
     """A checkpoint that is missing, damaged or of another model."""
 
 
-def save(
-    output: Path,
-    *,
-    step: int,
-    model: nn.Module,
-    state: dict[str, Any],
-    config: TrainConfig,
-    keep: int,
-) -> Path:
-    """Writes ``output/checkpoints/step_<step>`` and removes all but the newest ``keep``.
+class Writer:
+    """Writes checkpoints of a run while it goes on; at most one at a time.
 
     Args:
-        output: The run's folder.
-        step: Steps done.
-        model: Not wrapped.
-        state: Tensors and plain values only.
-        config: The resolved recipe.
-        keep: Checkpoints to keep, this one included.
+        output: The run's folder, on storage that all processes share.
+        keep: Checkpoints to keep.
     """
-    root = output / "checkpoints"
-    target = root / f"step_{step:08d}"
-    temporary = root / f".{target.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    save_file(weights, temporary / _MODEL, metadata={"format": "pt"})
-    torch.save(state, temporary / _STATE)
-    meta = {
-        "format_version": FORMAT_VERSION,
-        "step": step,
-        "config": config.model_dump(mode="json"),
-        "versions": {name: version(name) for name in ("torch", "dataengine")},
-        "bytes": {name: (temporary / name).stat().st_size for name in (_MODEL, _STATE)},
-    }
-    (temporary / _META).write_text(json.dumps(meta, indent=2) + "\n")
-    for name in (_MODEL, _STATE, _META):
-        _flush(temporary / name)
-    if target.exists():
-        shutil.rmtree(target)
-    temporary.rename(target)
-    _flush(root)
-    for old in _folders(root)[keep:]:
-        shutil.rmtree(old)
-    return target
+
+    def __init__(self, output: Path, keep: int) -> None:
+        self._root, self._keep = output / "checkpoints", keep
+        self._many = dist.is_initialized() and dist.get_world_size() > 1
+        self._is_main = not self._many or dist.get_rank() == 0
+        # Of its own: its messages must not mingle with those of the steps that go on meanwhile.
+        self._group = dist.new_group(backend="gloo") if self._many else None
+        # Copies even what is in main memory, which the next step would overwrite.
+        options = StagingOptions(torch.cuda.is_available(), False, False, False)
+        self._stager = DefaultStager(options)
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._running: Future[None] | None = None
+        if self._is_main and self._root.is_dir():
+            for left_over in self._root.glob(".step_*.tmp"):
+                shutil.rmtree(left_over)
+
+    def save(self, step: int, tensors: dict[str, torch.Tensor], about: dict[str, Any]) -> None:
+        """Copies a state and begins to write it; every process must call it.
+
+        Waits for the save before this one.
+
+        Args:
+            step: Steps done.
+            tensors: Whole or sharded; a tensor that is in no other process is fine.
+            about: What else ``meta.json`` says, ``config`` among it; plain values.
+
+        Raises:
+            CheckpointError: If the save before this one failed.
+        """
+        self.wait()
+        target = self._root / f"step_{step:08d}"
+        temporary = self._root / f".{target.name}.tmp"
+        if self._is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        if self._group:
+            dist.barrier(group=self._group)
+        written = dcp.async_save(
+            dict(tensors),
+            storage_writer=dcp.FileSystemWriter(temporary),
+            process_group=self._group,
+            async_stager=self._stager,
+            no_dist=not self._many,
+        )
+        assert isinstance(written, Future)
+        self._running = self._thread.submit(self._finish, written, temporary, target, step, about)
+
+    def wait(self) -> None:
+        """Returns when nothing is being written any more.
+
+        Raises:
+            CheckpointError: If writing failed.
+        """
+        running, self._running = self._running, None
+        if running is None:
+            return
+        try:
+            running.result()
+        except Exception as error:
+            problem = " ".join(str(error).split())[:300]
+            raise CheckpointError(f"A checkpoint could not be written: {problem}") from error
+
+    def close(self) -> None:
+        """Waits, and gives back what copies took; a failure is told, not raised."""
+        try:
+            self.wait()
+        except CheckpointError as error:
+            logger.warning("%s", error.message)
+        self._thread.shutdown()
+        self._stager.close()
+
+    def _finish(
+        self, written: Future[Any], temporary: Path, target: Path, step: int, about: dict[str, Any]
+    ) -> None:
+        """Waits until all processes have written, then makes it a checkpoint."""
+        written.result()
+        if not self._is_main:
+            return
+        sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
+        meta = {
+            "format_version": FORMAT_VERSION,
+            "step": step,
+            **about,
+            "versions": {name: version(name) for name in ("torch", "dataengine")},
+            "bytes": sizes,
+        }
+        (temporary / _META).write_text(json.dumps(meta, indent=2) + "\n")
+        _flush(temporary / _META)
+        _flush(temporary)
+        if target.exists():
+            shutil.rmtree(target)
+        temporary.rename(target)
+        _flush(self._root)
+        for old in _folders(self._root)[self._keep :]:
+            shutil.rmtree(old)
 
 
 def newest(output: Path) -> Path | None:
@@ -108,15 +178,17 @@ def read_meta(folder: Path) -> dict[str, Any]:
     """Returns ``meta.json`` after checking that the other files are whole.
 
     Raises:
-        CheckpointError: If a file is missing or cut off, or the format is newer than this code.
+        CheckpointError: If a file is missing or cut off, or the format is not this code's.
     """
     try:
         meta = json.loads((folder / _META).read_text())
         sizes = {name: (folder / name).stat().st_size for name in meta["bytes"]}
-    except (OSError, ValueError, KeyError) as error:
+        written = meta["format_version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"Checkpoint {folder} is not complete: {error}") from error
-    if meta["format_version"] > FORMAT_VERSION:
-        raise CheckpointError(f"Checkpoint {folder} was written by a newer version")
+    if written != FORMAT_VERSION:
+        age = "a newer" if written > FORMAT_VERSION else "an older"
+        raise CheckpointError(f"Checkpoint {folder} was written by {age} version")
     if sizes != meta["bytes"]:
         raise CheckpointError(f"Checkpoint {folder} is damaged: sizes {sizes} != {meta['bytes']}")
     return meta
@@ -127,24 +199,55 @@ def read_config(folder: Path) -> TrainConfig:
     return config_from_dict(read_meta(folder)["config"], str(folder / _META))
 
 
-def load_weights(folder: Path, model: nn.Module) -> None:
-    """Loads the weights; every name and shape must agree.
+def read_names(folder: Path) -> set[str]:
+    """Returns the names of all tensors in a checkpoint."""
+    return set(_metadata(folder))
+
+
+def load(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Reads a state into the tensors of a run, in place; every process must call it.
 
     Raises:
-        CheckpointError: If they do not, or the file cannot be read.
+        CheckpointError: If a name or shape differs; only ``random`` may be left over.
     """
+    stored = _metadata(folder)
+    _check(folder, stored, tensors, _STATE)
+    with torch.no_grad():
+        dcp.load(dict(tensors), checkpoint_id=folder)
+
+
+def load_weights(folder: Path, module: nn.Module, prefix: str = "network.") -> None:
+    """Reads a checkpoint's weights into a module; every name and shape must agree.
+
+    A running average takes the place of the weights it is of. Needs no process group.
+
+    Args:
+        folder: The checkpoint.
+        module: The task's ``network``, whole.
+        prefix: Of the module's names in the task.
+
+    Raises:
+        CheckpointError: If they do not agree, or a file cannot be read.
+    """
+    stored = _metadata(folder)
+    wanted: dict[str, torch.Tensor] = {}
+    replaced: set[str] = set()
+    for name, tensor in module.state_dict().items():
+        own, average = f"model.{prefix}{name}", f"ema.{prefix}{name}"
+        wanted[average if average in stored else own] = tensor
+        if average in stored:
+            replaced.add(own)
+    relevant = {
+        name: shape
+        for name, shape in stored.items()
+        if name in wanted or (name.startswith(f"model.{prefix}") and name not in replaced)
+    }
+    _check(folder, relevant, wanted, _STATE)
     try:
-        model.load_state_dict(load_file(folder / _MODEL))
-    except (RuntimeError, OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"Checkpoint {folder} does not fit the model: {error}",
-            "train with the recipe it was written with, or into another --output",
-        ) from error
-
-
-def load_state(folder: Path) -> dict[str, Any]:
-    """Returns what ``save`` was given as ``state``, tensors on the CPU."""
-    return torch.load(folder / _STATE, map_location="cpu", weights_only=True)
+        with torch.no_grad():
+            dcp.load(wanted, checkpoint_id=folder, no_dist=True)
+    except (OSError, RuntimeError, dcp.CheckpointException) as error:
+        raise CheckpointError(f"Checkpoint {folder} cannot be read: {error}") from error
 
 
 def set_aside(output: Path) -> Path | None:
@@ -156,6 +259,44 @@ def set_aside(output: Path) -> Path | None:
     while (aside := output / f"checkpoints.old-{number}").exists():
         number += 1
     return root.rename(aside)
+
+
+def _metadata(folder: Path) -> dict[str, torch.Size]:
+    """Returns the shape of every tensor in a checkpoint."""
+    try:
+        stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    except (OSError, EOFError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"Checkpoint {folder} cannot be read: {error}") from error
+    return {
+        name: entry.size
+        for name, entry in stored.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+
+
+def _check(
+    folder: Path,
+    stored: dict[str, torch.Size],
+    wanted: dict[str, torch.Tensor],
+    sections: tuple[str, ...],
+) -> None:
+    problems = [f"missing {name}" for name in sorted(wanted.keys() - stored.keys())]
+    problems += [
+        f"left over {name}"
+        for name in sorted(stored.keys() - wanted.keys())
+        if name.startswith(sections)
+    ]
+    problems += [
+        f"of another shape {name} {list(stored[name])} instead of {list(wanted[name].shape)}"
+        for name in sorted(wanted.keys() & stored.keys())
+        if stored[name] != wanted[name].shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise CheckpointError(
+            f"Checkpoint {folder} does not fit the model: {', '.join(problems[:5])}{more}",
+            _OTHER_RECIPE,
+        )
 
 
 def _folders(root: Path) -> list[Path]:

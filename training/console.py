@@ -30,7 +30,7 @@ def set_up_logging() -> None:
     )
 
 
-def run_command(command: Callable[[], None]) -> int:
+def run_command(command: Callable[[], int | None]) -> int:
     """Runs a command and returns its exit code; a user's mistake is told without a traceback."""
     # Must stand before torch is imported. By default OpenMP's threads spin while they wait for
     # each other; beside other work on the same cores a step then took 3 s instead of 0.4 s
@@ -38,7 +38,7 @@ def run_command(command: Callable[[], None]) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     set_up_logging()
     try:
-        command()
+        return command() or 0
     except EngineError as error:
         if os.environ.get("DATAENGINE_DEBUG"):
             raise
@@ -51,4 +51,3 @@ def run_command(command: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("stopped; the same command goes on from the last checkpoint\n")
         return 130
-    return 0

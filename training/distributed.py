@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One process or many: start, wrap, gather. The only module that names DDP."""
+"""One process or many: start, gather, agree. How a model is spread is `training.parallel`'s."""
 
 import os
 from collections.abc import Iterator
@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 
 @dataclass(frozen=True)
@@ -29,32 +27,30 @@ class World:
 
 @contextmanager
 def start() -> Iterator[World]:
-    """Joins the processes that torchrun started, or stands alone; leaves them at the end."""
+    """Joins the processes that torchrun started, or stands alone; leaves them at the end.
+
+    Where something else has joined them already, as Ray Train does, it stays theirs to leave.
+    """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
+    if dist.is_initialized():
+        yield World(dist.get_rank(), dist.get_world_size(), device)
+        return
     if size == 1:
         yield World(0, 1, device)
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if device.type == "cuda":
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")
     try:
         yield World(dist.get_rank(), size, device)
     finally:
         dist.destroy_process_group()
-
-
-def wrap(model: nn.Module, world: World) -> nn.Module:
-    """Returns the model as the training step calls it; gradients are averaged over processes."""
-    if world.size == 1:
-        return model
-    device_ids = [world.device.index] if world.device.type == "cuda" else None
-    # Models have no buffers that training changes.
-    return DistributedDataParallel(
-        model, device_ids=device_ids, forward_sync_buffers=False, gradient_as_bucket_view=True
-    )
 
 
 def world_size() -> int:
@@ -110,6 +106,21 @@ def gather_objects(value: Any) -> list[Any]:
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def mean_over_ranks(values: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Returns the mean over ranks of scalars that every rank has under the same names."""
+    stacked = torch.stack([value.detach().double() for value in values.values()])
+    if world_size() > 1:
+        dist.all_reduce(stacked)
+    return dict(zip(values, (stacked / world_size()).tolist(), strict=True))
+
+
+def any_rank(flags: torch.Tensor) -> list[bool]:
+    """Returns for each flag whether any rank raised it; float, 0 or 1, on the rank's device."""
+    if world_size() > 1:
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return [flag > 0 for flag in flags.tolist()]
 
 
 def barrier() -> None:

@@ -1,34 +1,54 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recipe + corpus -> a trained dual encoder: set-up, one step, the loop around it."""
+"""Recipe -> a trained model: set-up, one step, the loop around it."""
 
 import logging
 import math
+import signal
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from dataengine.corpus import Corpus
 from dataengine.errors import EngineError
 from training import checkpoint
-from training.config import TrainConfig
-from training.data.index import ClipIndex, open_index, split_by_video
-from training.data.loader import Batch, ClipReader, TrainLoader, coverage_loader
-from training.data.transforms import normalise
-from training.distributed import World, barrier, gather, gather_objects, wrap
+from training.config import MediaKind, TrainConfig, inputs_of
+from training.data.augment import to_inputs
+from training.data.batch import Batch
+from training.data.corpora import open_corpora
+from training.distributed import World, any_rank, barrier, gather_objects, mean_over_ranks
+from training.ema import Average
 from training.evaluation.encode import evaluate
 from training.evaluation.retrieval import Retrieval
+from training.flops import peak_flops, step_flops
+from training.metrics import FILE as METRICS
 from training.metrics import Progress
-from training.models import build_model
-from training.objectives.contrastive import Pairs, contrastive_loss
-from training.optim import build_optimizer, learning_rate
+from training.models import build_task
+from training.models.init import initialise
+from training.models.task import Task
+from training.optim import build_optimizer, learning_rate, optimizer_state, set_learning_rate
+from training.parallel import (
+    average_scalar_gradients,
+    clip_gradients,
+    gathered,
+    is_finite,
+    spread,
+    whole_state,
+)
+from training.trackers import open_trackers
 
 logger = logging.getLogger(__name__)
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16}
+
+_LOWER_RATE = (
+    "lower the rate with --set optim.lr=..., or clip with --set optim.grad_clip=1; the newest "
+    "checkpoint is from before"
+)
 
 
 @dataclass(frozen=True)
@@ -38,260 +58,367 @@ class Result:
     step: int
     before: Retrieval | None
     after: Retrieval | None
+    stopped_by: int | None = None
+    """The signal that ended the run early."""
 
 
 class Trainer:
     """Holds a run's parts; every process has one.
 
     Args:
-        config: The recipe.
-        data: ``CORPUS`` or ``CORPUS#subset``.
-        output: Folder for checkpoints, the resolved recipe and the metrics.
+        config: The recipe; ``data.sources`` names the corpora.
+        output: Folder for checkpoints, the trained model and the metrics; all processes share it.
         world: This process among all.
         resume: Whether to go on from the newest checkpoint in ``output``; otherwise what lies
             there is set aside, not deleted.
     """
 
     def __init__(
-        self, config: TrainConfig, data: str, output: Path, world: World, *, resume: bool = True
+        self, config: TrainConfig, output: Path, world: World, *, resume: bool = True
     ) -> None:
         self.config, self.output, self.world = config, output, world
-        index = open_index(data, config.data.caption)
-        train_positions, held_out_positions = split_by_video(index, config.data.held_out)
-        self.is_remote = not Corpus(index.url).is_local
-        self.train_index = index.take(train_positions)
-        self.held_out_index = index.take(held_out_positions)
-        self.loader = TrainLoader(
-            reader(self.train_index, config),
-            self.train_index,
-            config.data,
-            seed=config.run.seed,
-            rank=world.rank,
-            world_size=world.size,
-            is_remote=self.is_remote,
+        self.spec = inputs_of(config.model)
+        self._prepare_output(resume)
+        self.corpora = open_corpora(config, output / "cache")
+        self.loader = self.corpora.train_loader(
+            seed=config.run.seed, rank=world.rank, world_size=world.size
         )
         self.total_steps = config.optim.steps or math.ceil(
             (config.optim.epochs or 0) * self.loader.steps_per_epoch
         )
+        found = gather_objects(checkpoint.newest(output) if world.is_main else None)[0]
 
         torch.manual_seed(config.run.seed)
-        self.model = build_model(config.model).to(world.device)
-        # Masks and stochastic depth must differ between processes, weights must not.
-        torch.manual_seed(config.run.seed + 1 + world.rank)
-        self.optimizer = build_optimizer(self.model, config.optim)
+        self.task: Task = build_task(config)
+        if found is None:
+            initialise(self.task, config)
+        self.step_task = spread(self.task, config, world)
+        self.optimizer = build_optimizer(
+            self.task,
+            config.optim,
+            no_decay=self.task.no_decay(),
+            layer_of=self.task.layer_of,
+        )
+        self.average: Average | None = None
+        if config.optim.ema_decay:
+            self.average = Average(self.task, config.optim.ema_decay)
         self.step = 0
-        self.resumed = False
-        self._prepare_output(resume)
-        if config.run.compile:
-            self.model.compile()
-        self.step_model = wrap(self.model, world)
+        self.resumed = found is not None
+        self.skipped_in_row = self.skipped_steps = 0
+        self._seed_random()
+        self.writer = checkpoint.Writer(output, config.run.keep_checkpoints)
+        if found is not None:
+            self._resume(found)
+        self._peak_flops = peak_flops(world.device)
+        self._flops: dict[MediaKind, float] = {}
+        self._stop_signal: int | None = None
 
     def run(self, stop_at: int | None = None) -> Result:
-        """Trains to the end and evaluates before and after.
+        """Trains to the end, evaluates before and after, and writes the model at the end.
 
         Args:
-            stop_at: Stop after this step, with a checkpoint but without the evaluation.
+            stop_at: Stop after this step, with a checkpoint but without evaluation and model.
+
+        Raises:
+            EngineError: If too many steps in a row are not finite; their weights are not kept.
         """
-        config = self.config.run
         self._announce()
-        # Before is before the first step only; a resumed run would measure something else.
-        before = None if self.resumed else self.evaluate()
-        if before and self.world.is_main:
-            for line in before.lines():
-                logger.info("before  %s", line)
+        progress = self._open_progress()
+        try:
+            # Before is before the first step only; a resumed run would measure something else.
+            before = None if self.resumed else self._measure("before", progress)
+            with self._stoppable():
+                stopped = self._train(stop_at, progress)
+            self.writer.wait()
+            barrier()
+            finished = self.step == self.total_steps
+            after = self._measure("after", progress) if finished else None
+            if finished:
+                self.export()
+            return Result(self.step, before, after, stopped)
+        finally:
+            self.writer.close()
+            if progress:
+                progress.close()
+
+    def _train(self, stop_at: int | None, progress: Progress | None) -> int | None:
+        """Does the steps that are left; returns the signal that stopped them."""
+        run = self.config.run
         last = min(self.total_steps, stop_at or self.total_steps)
-        progress = Progress(
-            self.total_steps,
-            self.step,
-            self.config.data.batch_size * self.world.size,
-            self.output / "metrics.jsonl" if self.world.is_main else None,
-        )
-        self.step_model.train()
+        self.step_task.train()
         batches = iter(self.loader)
         while self.step < last:
-            values = self.train_step(next(batches))
-            saves = self.step % config.checkpoint_every == 0 or self.step == last
-            if self.step % config.log_every == 0 or saves:
-                numbers = self._numbers(values)
-                if self.world.is_main:
-                    progress.log(self.step, numbers)
             started = time.monotonic()
-            if saves:
+            batch = next(batches)
+            waited_s = time.monotonic() - started
+            values, stop = self.train_step(batch)
+            if progress:
+                clips = len(batch.valid) * self.world.size
+                flops = len(batch.valid) * self._flops_per_clip(batch.kind)
+                progress.count(clips, flops, waited_s)
+            ends = stop or self.step == last
+            if self.step % run.log_every == 0 or ends:
+                numbers = self._numbers(values)
+                if progress:
+                    progress.log(self.step, numbers, self._peak_flops)
+            started = time.monotonic()
+            if run.eval_every and self.step % run.eval_every == 0 and not ends:
+                self._measure("", progress)
+            if ends or self.step % run.checkpoint_every == 0:
                 self.save()
-            if config.eval_every and self.step % config.eval_every == 0 and self.step < last:
-                retrieval = self.evaluate()
-                if retrieval and self.world.is_main:
-                    progress.write(self.step, retrieval.values())
-                    for line in retrieval.lines():
-                        logger.info("%s", line)
-            progress.pause(time.monotonic() - started)
+            if progress:
+                progress.pause(time.monotonic() - started)
+            if stop:
+                return self._stop_signal or signal.SIGTERM
         if self.loader.skipped:
             logger.warning("%d clips could not be read", len(self.loader.skipped))
-        after = self.evaluate() if self.step == self.total_steps else None
-        if after and self.world.is_main:
-            progress.write(self.step, after.values())
-        return Result(self.step, before, after)
+        return None
 
-    def train_step(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """Does one optimizer step; returns this process' numbers, still on the device."""
+    def train_step(self, batch: Batch) -> tuple[dict[str, torch.Tensor], bool]:
+        """Does one optimizer step, or leaves it out on all processes if it is not finite on any.
+
+        Returns:
+            This process' losses and numbers, still on the device; whether any process was asked to
+            stop.
+        """
         config, device = self.config, self.world.device
         rate = learning_rate(self.step, self.total_steps, config.optim)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        frames_BTCHW = normalise(
-            batch.frames.to(device, non_blocking=True),
-            config.model.pixel_mean,
-            config.model.pixel_std,
-        )
-        tokens_BL = batch.tokens.to(device, non_blocking=True)
-        pairs = Pairs(
-            batch.valid.to(device), batch.caption_id.to(device), batch.video_id.to(device)
-        )
+        set_learning_rate(self.optimizer, rate)
+        inputs = to_inputs(batch, self.spec, device)
         dtype = AUTOCAST[config.run.precision]
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            video_BE, text_BE, temperature = self.step_model(frames_BTCHW, tokens_BL)
-        loss = contrastive_loss(video_BE, text_BE, temperature, pairs, config.objective)
+            output = self.step_task(inputs)
+        loss = torch.stack([value.float() for value in output.losses.values()]).sum()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        limit = config.optim.grad_clip or math.inf
-        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        self.optimizer.step()
+        average_scalar_gradients(self.task)
+        grad_norm = clip_gradients(self.task, config.optim.grad_clip)
+
+        fine = torch.isfinite(loss.detach()) & torch.isfinite(grad_norm)
+        asked = torch.full_like(loss.detach(), float(self._stop_signal is not None))
+        skip, stop = any_rank(torch.stack([(~fine).float(), asked]))
+        if skip:
+            self._skip()
+        else:
+            self.optimizer.step()
+            if self.average:
+                self.average.update()
+            self.skipped_in_row = 0
         self.step += 1
-        return {"loss": loss.detach(), "grad_norm": grad_norm, "temperature": temperature.detach()}
+        return {"loss": loss, **output.losses, "grad_norm": grad_norm, **output.numbers}, stop
 
     def evaluate(self) -> Retrieval | None:
-        """Returns retrieval on the held-out clips, None if there are none."""
-        if not len(self.held_out_index):
+        """Returns retrieval on the held-out clips, by the running average if there is one."""
+        batches = self.corpora.held_out_loader(rank=self.world.rank, world_size=self.world.size)
+        if batches is None or self.task.dual_encoder() is None:
             return None
-        batches = held_out_batches(self.held_out_index, self.config, self.world, self.is_remote)
-        return evaluate(self.model, batches, self.config.model, self.world)
+        averaged = self.average.applied() if self.average else nullcontext()
+        with averaged, gathered(self.task):
+            return evaluate(self.task, batches, self.spec, self.world)
 
     def save(self) -> None:
-        """Writes a checkpoint; every process must call it."""
-        generators = gather_objects(_random_state(self.world.device))
+        """Begins to write a checkpoint; every process must call it.
+
+        Raises:
+            EngineError: If a weight is not finite; such weights are never written.
+        """
+        if not is_finite(self.task):
+            raise EngineError(f"Weights are not finite after step {self.step}", _LOWER_RATE)
+        about = {
+            "config": self.config.model_dump(mode="json"),
+            "world_size": self.world.size,
+            "loader": self.loader.state_dict(),
+            "skipped_steps": [self.skipped_in_row, self.skipped_steps],
+        }
+        self.writer.save(self.step, self._state() | self._random_state(), about)
+
+    def export(self) -> None:
+        """Writes the model's own folder, ``output/model``; every process must call it."""
+        from training.export import export_folder
+
+        state = {f"network.{n}": t for n, t in self.task.network.state_dict().items()}
+        if self.average:
+            averaged = self.average.tensors.items()
+            state |= {name: tensor for name, tensor in averaged if name in state}
+        state = whole_state(state, self.world)
         if self.world.is_main:
-            state = {
-                "optimizer": self.optimizer.state_dict(),
-                "loader": self.loader.state_dict(),
-                "random": generators,
-            }
-            checkpoint.save(
-                self.output,
-                step=self.step,
-                model=self.model,
-                state=state,
-                config=self.config,
-                keep=self.config.run.keep_checkpoints,
-            )
+            network = {name.removeprefix("network."): tensor for name, tensor in state.items()}
+            export_folder(network, self.config.model, self.output / "model")
         barrier()
 
     def _prepare_output(self, resume: bool) -> None:
         if self.world.is_main:
             self.output.mkdir(parents=True, exist_ok=True)
             if not resume and (aside := checkpoint.set_aside(self.output)):
+                if (self.output / METRICS).is_file():
+                    (self.output / METRICS).rename(aside / METRICS)
                 logger.info("starting over; the old checkpoints are now in %s", aside)
         barrier()
-        folder = checkpoint.newest(self.output)
-        if folder is None:
-            return
+
+    def _resume(self, folder: Path) -> None:
+        meta = checkpoint.read_meta(folder)
         changed = _changed_fields(checkpoint.read_config(folder), self.config)
         if changed and self.world.is_main:
             logger.warning("the recipe differs from the checkpoint's in %s", ", ".join(changed))
-        checkpoint.load_weights(folder, self.model)
-        state = checkpoint.load_state(folder)
-        self.loader.load_state_dict(state["loader"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        _set_random_state(state["random"][self.world.rank], self.world.device)
-        self.step = checkpoint.read_meta(folder)["step"]
-        self.resumed = True
+        self.step = meta["step"]
+        self.skipped_in_row, self.skipped_steps = meta["skipped_steps"]
+        self.loader.load_state_dict(meta["loader"])
+        names = checkpoint.read_names(folder)
+        state = self._state()
+        random = self._random_state()
+        # Random numbers go on where they were only if the processes are the same.
+        same = meta["world_size"] == self.world.size and random.keys() <= names
+        has_average = any(name.startswith("ema.") for name in names)
+        if not has_average:
+            state = {name: t for name, t in state.items() if not name.startswith("ema.")}
+        checkpoint.load(folder, state | (random if same else {}))
+        if same:
+            _set_random_state(random, self.world)
+        else:
+            self._seed_random()
+            if self.world.is_main:
+                logger.warning(
+                    "%d process(es) then, %d now: random numbers start anew, from the step",
+                    meta["world_size"],
+                    self.world.size,
+                )
+        if self.average and not has_average:
+            self.average = Average(self.task, self.config.optim.ema_decay)
+            logger.warning("the checkpoint has no running average: it starts at its weights")
         if self.world.is_main:
             logger.info("resumed from %s", folder)
 
-    def _numbers(self, values: dict[str, torch.Tensor]) -> dict[str, float]:
-        """Returns the step's numbers over all processes as floats.
+    def _state(self) -> dict[str, torch.Tensor]:
+        """Returns the tensors of the run by their names in a checkpoint; memory is shared."""
+        averaged = self.average.tensors if self.average else {}
+        parts = {
+            "model": self.task.state_dict(),
+            "ema": averaged,
+            "optim": optimizer_state(self.optimizer, self.task),
+        }
+        return {f"{part}.{n}": t for part, tensors in parts.items() for n, t in tensors.items()}
+
+    def _random_state(self) -> dict[str, torch.Tensor]:
+        place = f"random.{self.world.rank}"
+        state = {f"{place}.cpu": torch.get_rng_state()}
+        if self.world.device.type == "cuda":
+            state[f"{place}.cuda"] = torch.cuda.get_rng_state(self.world.device)
+        return state
+
+    def _seed_random(self) -> None:
+        """Seeds this process' generator: masks must differ between processes, weights must not."""
+        seed, step, rank = self.config.run.seed, self.step, self.world.rank
+        torch.manual_seed(seed + 1 + rank + 1_000_003 * step)
+
+    def _skip(self) -> None:
+        """Counts a step that is left out.
 
         Raises:
-            EngineError: If the loss is not finite, before it can reach a checkpoint.
+            EngineError: If there were too many in a row.
         """
-        loss = gather(values["loss"].reshape(1)).mean().item()
-        if not math.isfinite(loss):
+        self.skipped_in_row += 1
+        self.skipped_steps += 1
+        if self.world.is_main:
+            logger.warning("step %d is left out: its loss or gradient is not finite", self.step + 1)
+        if self.skipped_in_row > self.config.optim.max_skipped_steps:
             raise EngineError(
-                f"The loss is {loss} at step {self.step}",
-                "lower it with --set optim.lr=..., or clip with --set optim.grad_clip=1; "
-                "the last checkpoint is from before",
+                f"{self.skipped_in_row} steps in a row have no finite loss or gradient, "
+                f"up to step {self.step + 1}",
+                _LOWER_RATE,
             )
-        return {
-            "loss": loss,
-            "grad_norm": values["grad_norm"].item(),
-            "temperature": values["temperature"].item(),
-            "lr": self.optimizer.param_groups[0]["lr"],
-        }
+
+    def _numbers(self, values: dict[str, torch.Tensor]) -> dict[str, float]:
+        """Returns the step's numbers, means over all processes; every process must call it."""
+        numbers = mean_over_ranks(values)
+        rate = learning_rate(self.step - 1, self.total_steps, self.config.optim)
+        return numbers | {"lr": rate, "skipped_steps": float(self.skipped_steps)}
+
+    def _measure(self, when: str, progress: Progress | None) -> Retrieval | None:
+        retrieval = self.evaluate()
+        if retrieval and progress:
+            progress.write(self.step, retrieval.values())
+            for line in retrieval.lines():
+                logger.info("%s", f"{when}  {line}" if when else line)
+        return retrieval
+
+    def _flops_per_clip(self, kind: MediaKind) -> float:
+        if self._peak_flops is None:
+            return 0.0
+        if kind not in self._flops:
+            counted = step_flops(self.config, kind)
+            self._flops[kind] = counted.training if counted else 0.0
+        return self._flops[kind]
+
+    def _open_progress(self) -> Progress | None:
+        if not self.world.is_main:
+            return None
+        described = self.config.model_dump(mode="json")
+        trackers = open_trackers(self.config.run.trackers, self.output, described)
+        return Progress(self.total_steps, self.step, self.output / METRICS, trackers)
+
+    @contextmanager
+    def _stoppable(self) -> Iterator[None]:
+        """Inside, the first Ctrl-C or SIGTERM asks for a checkpoint and an end; a second kills."""
+        if threading.current_thread() is not threading.main_thread():
+            yield  # only the main thread may listen to signals; Ray Train runs us in another
+            return
+
+        def ask(number: int, frame: Any) -> None:
+            self._stop_signal = number
+            logger.warning("stopping after this step, with a checkpoint")
+            for each in old:
+                signal.signal(each, signal.SIG_DFL)
+
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        old = {number: signal.signal(number, ask) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
 
     def _announce(self) -> None:
         if not self.world.is_main:
             return
-        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        trained = sum(p.numel() for p in self.task.parameters() if p.requires_grad)
         logger.info(
-            "%s, %.1f M parameters to train, %d process(es) on %s, %s",
+            "%s, %.1f M parameters to train, %d process(es) on %s, %s%s",
             self.config.model.kind,
             trained / 1e6,
             self.world.size,
             self.world.device,
             self.config.run.precision,
+            f", {self.config.run.parallel}" if self.world.size > 1 else "",
         )
+        train, held_out = self.corpora.train_index, self.corpora.held_out_index
         logger.info(
             "training on %d clips of %d videos, %d clips of %d other videos held out",
-            len(self.train_index),
-            self.train_index.num_videos,
-            len(self.held_out_index),
-            self.held_out_index.num_videos,
+            len(train),
+            train.num_videos,
+            len(held_out),
+            held_out.num_videos,
         )
-        if self.config.data.held_out and not len(self.held_out_index):
+        if self.config.data.held_out and not len(held_out):
             logger.warning("no video fell into the held-out share: nothing to evaluate on")
-
-
-def reader(index: ClipIndex, config: TrainConfig) -> ClipReader:
-    """Returns the reader that makes the model's inputs of an index' clips."""
-    return ClipReader(
-        index,
-        config.data,
-        num_frames=config.model.video.num_frames,
-        image_size=config.model.video.image_size,
-        context_length=config.model.text.context_length,
-        seed=config.run.seed,
-    )
-
-
-def held_out_batches(index: ClipIndex, config: TrainConfig, world: World, is_remote: bool) -> Any:
-    """Returns this process' share of an exact pass over the clips."""
-    return coverage_loader(
-        reader(index, config),
-        len(index),
-        config.data,
-        rank=world.rank,
-        world_size=world.size,
-        is_remote=is_remote,
-    )
 
 
 def _changed_fields(old: TrainConfig, new: TrainConfig) -> list[str]:
     before, after = old.model_dump(), new.model_dump()
-    return [
-        f"{section}.{field}"
-        for section in before
-        for field in before[section]
-        if before[section][field] != after[section].get(field)
-    ]
+    changed = []
+    for section in before:
+        if not isinstance(before[section], dict):
+            changed += [section] if before[section] != after[section] else []
+            continue
+        changed += [
+            f"{section}.{field}"
+            for field in before[section]
+            if before[section][field] != after[section].get(field)
+        ]
+    return changed
 
 
-def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def _set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
+def _set_random_state(state: dict[str, torch.Tensor], world: World) -> None:
+    place = f"random.{world.rank}"
+    torch.set_rng_state(state[f"{place}.cpu"])
+    if world.device.type == "cuda":
+        torch.cuda.set_rng_state(state[f"{place}.cuda"], world.device)
