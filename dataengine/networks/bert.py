@@ -206,14 +206,16 @@ class Bert(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
 
-    def read(self, tokens_BL: torch.Tensor) -> torch.Tensor:
+    def read(self, tokens_BL: torch.Tensor, padded_BL: torch.Tensor | None = None) -> torch.Tensor:
         """Returns the states of texts behind the layers that read text alone, [B, L, D].
 
         Args:
             tokens_BL: int64, padded with 0.
+            padded_BL: The texts that say where there is padding, if it is not these: words that were
+                replaced by others may have become padding's id.
         """
         x_BLD = self.bert.embeddings(tokens_BL)
-        there_B11L = _there(tokens_BL)
+        there_B11L = _there(tokens_BL if padded_BL is None else padded_BL)
         for layer in self.bert.encoder.layer[: self.config.fusion_layer]:
             x_BLD = layer(x_BLD, there_B11L)
         return x_BLD
