@@ -234,7 +234,7 @@ class Trainer:
 
     def export(self) -> None:
         """Writes the model's own folder, ``output/model``; every process must call it."""
-        from training.export import export_folder
+        from training.export import about_run, export_folder
 
         state = {f"network.{n}": t for n, t in self.task.network.state_dict().items()}
         if self.average:
@@ -243,7 +243,8 @@ class Trainer:
         state = whole_state(state, self.world)
         if self.world.is_main:
             network = {name.removeprefix("network."): tensor for name, tensor in state.items()}
-            export_folder(network, self.config.model, self.output / "model")
+            about = about_run(self.config, self.step)
+            export_folder(network, self.config.model, self.output / "model", about=about)
         barrier()
 
     def _prepare_output(self, resume: bool) -> None:
