@@ -38,6 +38,8 @@ class OpenClipConfig(NetworkConfig):
     embed_dim: int = Field(gt=0)
     video: VideoTowerConfig
     text: TextTowerConfig
+    quick_gelu: bool = False
+    """Whether GELU is OpenAI's sigmoid approximation; what weights are loaded from decides."""
     init_temperature: float = Field(default=0.07, ge=0.01, le=1.0)
     """CLIP starts at 0.07 and stops at 0.01."""
     pixel_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)

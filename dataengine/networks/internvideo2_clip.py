@@ -42,6 +42,7 @@ class InternVideo2Clip(nn.Module):
 
     def __init__(self, config: InternVideo2ClipConfig) -> None:
         super().__init__()
+        self.config = config
         self.temp = nn.Parameter(torch.tensor(config.init_temperature))
         self.vision_encoder = InternVideo2(config.vision)
         match config.text:
@@ -60,8 +61,7 @@ class InternVideo2Clip(nn.Module):
                     )
                 self.vision_align = nn.Identity()
                 self.text_encoder = LlamaText(config.text, config.embed_dim)
-        self._freeze_text = not config.train_text
-        if self._freeze_text:
+        if not config.train_text:
             self.text_encoder.requires_grad_(False)
         if config.train == "projector":
             self.vision_encoder.requires_grad_(False)
@@ -88,7 +88,7 @@ class InternVideo2Clip(nn.Module):
         Args:
             tokens_BL: int64, padded with 0 at the end.
         """
-        with torch.no_grad() if self._freeze_text else nullcontext():
+        with nullcontext() if self.config.train_text else torch.no_grad():
             return F.normalize(self.text_encoder(tokens_BL).float(), dim=-1)
 
 

@@ -59,10 +59,10 @@ class ViCLIP(nn.Module):
 
     def __init__(self, config: ViCLIPConfig) -> None:
         super().__init__()
+        self.config = config
         self.temp = nn.Parameter(torch.tensor(config.init_temperature))
         self.vision_encoder = VideoTower(config.video, config.embed_dim)
         self.text_encoder = TextTower(config.text, config.embed_dim)
-        self._freeze_text = config.freeze_text
         if config.freeze_text:
             self.text_encoder.requires_grad_(False)
 
@@ -81,7 +81,7 @@ class ViCLIP(nn.Module):
 
     def encode_text(self, tokens_BL: torch.Tensor) -> torch.Tensor:
         """Returns unit-length features, float32 [B, E]; without gradient if the tower is frozen."""
-        with torch.no_grad() if self._freeze_text else nullcontext():
+        with torch.no_grad() if self.config.freeze_text else nullcontext():
             return F.normalize(self.text_encoder(tokens_BL).float(), dim=-1)
 
 

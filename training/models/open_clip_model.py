@@ -54,6 +54,7 @@ def model_config(config: OpenClipConfig) -> dict[str, Any]:
     """Returns open_clip's own description of the model."""
     return {
         "embed_dim": config.embed_dim,
+        "quick_gelu": config.quick_gelu,
         "vision_cfg": {
             "image_size": config.video.image_size,
             "layers": config.video.layers,
