@@ -216,7 +216,9 @@ def load(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
         dcp.load(dict(tensors), checkpoint_id=folder)
 
 
-def load_weights(folder: Path, module: nn.Module, prefix: str = "network.") -> None:
+def load_weights(
+    folder: Path, module: nn.Module, prefix: str = "network.", unneeded: tuple[str, ...] = ()
+) -> None:
     """Reads a checkpoint's weights into a module; every name and shape must agree.
 
     A running average takes the place of the weights it is of. Needs no process group.
@@ -225,6 +227,7 @@ def load_weights(folder: Path, module: nn.Module, prefix: str = "network.") -> N
         folder: The checkpoint.
         module: The task's ``network``, whole.
         prefix: Of the module's names in the task.
+        unneeded: How names begin, after the prefix, that the checkpoint may have and the module not.
 
     Raises:
         CheckpointError: If they do not agree, or a file cannot be read.
@@ -237,10 +240,16 @@ def load_weights(folder: Path, module: nn.Module, prefix: str = "network.") -> N
         wanted[average if average in stored else own] = tensor
         if average in stored:
             replaced.add(own)
+    left_out = tuple(f"model.{prefix}{begin}" for begin in unneeded)
     relevant = {
         name: shape
         for name, shape in stored.items()
-        if name in wanted or (name.startswith(f"model.{prefix}") and name not in replaced)
+        if name in wanted
+        or (
+            name.startswith(f"model.{prefix}")
+            and name not in replaced
+            and not name.startswith(left_out)
+        )
     }
     _check(folder, relevant, wanted, _STATE)
     try:
