@@ -126,7 +126,9 @@ def _squared_norm(tensors: list[torch.Tensor], device: torch.device) -> torch.Te
 
 def is_finite(task: Task) -> bool:
     """Returns whether all weights are, on all processes; every process must call it."""
-    weights = [local(parameter.detach()) for parameter in task.parameters()]
+    parts = (local(parameter.detach()) for parameter in task.parameters())
+    # A process may have no part of a tensor.
+    weights = [part for part in parts if part.numel()]
     norms = torch.stack(torch._foreach_norm(weights, torch.inf))
     return not any_rank((~torch.isfinite(norms.max())).float().reshape(1))[0]
 

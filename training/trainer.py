@@ -185,8 +185,7 @@ class Trainer:
         rate = learning_rate(self.step, self.total_steps, config.optim)
         set_learning_rate(self.optimizer, rate)
         inputs = to_inputs(batch, self.spec, device)
-        dtype = AUTOCAST[config.run.precision]
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+        with self._autocast():
             output = self.step_task(inputs)
         loss = torch.stack([value.float() for value in output.losses.values()]).sum()
         self.optimizer.zero_grad(set_to_none=True)
@@ -213,7 +212,7 @@ class Trainer:
         if batches is None or self.task.dual_encoder() is None:
             return None
         averaged = self.average.applied() if self.average else nullcontext()
-        with averaged, gathered(self.task):
+        with averaged, gathered(self.task), self._autocast():
             return evaluate(self.task, batches, self.spec, self.world)
 
     def save(self) -> None:
@@ -288,6 +287,10 @@ class Trainer:
             logger.warning("the checkpoint has no running average: it starts at its weights")
         if self.world.is_main:
             logger.info("resumed from %s", folder)
+
+    def _autocast(self) -> torch.autocast:
+        dtype = AUTOCAST[self.config.run.precision]
+        return torch.autocast(self.world.device.type, dtype, enabled=dtype is not None)
 
     def _state(self) -> dict[str, torch.Tensor]:
         """Returns the tensors of the run by their names in a checkpoint; memory is shared."""

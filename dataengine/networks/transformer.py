@@ -18,9 +18,9 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Returns the normalised tokens in their own dtype."""
-        normed = F.layer_norm(
-            input.float(), self.normalized_shape, self.weight, self.bias, self.eps
-        )
+        # Sharded training gathers weights in bfloat16, which a CPU would not mix with float32.
+        weight, bias = self.weight.float(), self.bias.float()
+        normed = F.layer_norm(input.float(), self.normalized_shape, weight, bias, self.eps)
         return normed.to(input.dtype)
 
 
