@@ -26,7 +26,12 @@ from dataengine.errors import DependencyError
 from dataengine.networks import beats
 from dataengine.networks.bert import Bert, plain_bert, published_bert
 from dataengine.networks.config import InternVideo2Stage2Config
-from dataengine.networks.internvideo2 import InternVideo2, fit_published, published_state
+from dataengine.networks.internvideo2 import (
+    InternVideo2,
+    fit_published,
+    published_state,
+    stretch_positions,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -213,7 +218,8 @@ def load_published_stage2(
     if absent:
         logger.warning("the file lacks %s: it starts at zero", " and ".join(absent))
         state |= {name: torch.zeros(wanted[name].shape) for name in absent}
-    return fit_published(state, wanted, config.vision, num_frames, _NOT_NEEDED)
+    state = stretch_positions(state, config.vision, num_frames)
+    return fit_published(state, wanted, _NOT_NEEDED)
 
 
 def published_stage2(

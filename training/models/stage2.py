@@ -59,11 +59,11 @@ class Stage2Task(Task):
         objective: Weights of the losses, masking, and which rows are no negatives of each other.
     """
 
-    network: InternVideo2Stage2  # pyright: ignore[reportIncompatibleVariableOverride]
+    network: InternVideo2Stage2
 
     def __init__(self, config: InternVideo2Stage2Config, objective: Stage2Objective) -> None:
         super().__init__()
-        self.network = InternVideo2Stage2(config)
+        self.network = InternVideo2Stage2(config)  # pyright: ignore[reportIncompatibleVariableOverride]
         self._config, self._objective = config, objective
 
     def forward(self, inputs: Inputs) -> StepOutput:
@@ -81,32 +81,29 @@ class Stage2Task(Task):
             heard_B = inputs.fbank.flatten(1).any(dim=1)
             pairs = Pairs(pairs.valid & heard_B, pairs.caption_id, pairs.video_id)
         media = self._media(inputs, weights)
-        states_BLD = text_BE = None
-        if any(name != "avc" for name in weights):
-            states_BLD = self.network.text_states(tokens_BL)
-            text_BE = _unit(self.network.text_feature(states_BLD))
+        features = {sight: _unit(parts.feature) for sight, parts in media.items()}
+        states_BLD = self.network.text_states(tokens_BL)
+        text_BE = _unit(self.network.text_feature(states_BLD))
 
+        # All contrasts, all matchings, all words: the random draws come in the published order.
         losses: dict[str, torch.Tensor] = {}
-        for sight, (contrast, matching, words, head) in _LOSSES.items():
-            if sight not in media or text_BE is None or states_BLD is None:
-                continue
-            feature_BE = _unit(media[sight].feature)
+        for sight, (contrast, _, _, _) in _LOSSES.items():
             if contrast in weights:
                 losses[contrast] = contrastive_loss(
-                    feature_BE, text_BE, temperature, pairs, self._objective
+                    features[sight], text_BE, temperature, pairs, self._objective
                 )
+        if "avc" in weights:
+            losses["avc"] = contrastive_loss(
+                features["audio"], features["video"], temperature, pairs, self._objective
+            )
+        for sight, (_, matching, _, head) in _LOSSES.items():
             if matching in weights:
-                losses[matching], right = self._match(
-                    head, media[sight], feature_BE, states_BLD, text_BE, tokens_BL, pairs
+                losses[matching], numbers[f"{matching}_accuracy"] = self._match(
+                    head, media[sight], features[sight], states_BLD, text_BE, tokens_BL, pairs
                 )
-                numbers[f"{matching}_accuracy"] = right
+        for sight, (_, _, words, _) in _LOSSES.items():
             if words in weights:
                 losses[words] = self._find_words(media[sight], tokens_BL, pairs)
-        if "avc" in weights:
-            audio_BE, video_BE = _unit(media["audio"].feature), _unit(media["video"].feature)
-            losses["avc"] = contrastive_loss(
-                audio_BE, video_BE, temperature, pairs, self._objective
-            )
         weighted = {name: loss * weights[name] for name, loss in losses.items()}
         return StepOutput(weighted, numbers)
 
