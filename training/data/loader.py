@@ -1,23 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """Index + recipe -> batches, exactly once per epoch, resumable between any two steps."""
 
+import itertools
 import logging
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+import math
+import struct
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from dataengine import records
-from dataengine.errors import ConfigError, EngineError
-from dataengine.networks.text import clean_caption, tokenise
-from training.config import DataConfig
+from dataengine.errors import ConfigError, CorpusError, EngineError
+from dataengine.networks.text import clean_caption
+from training.config import DataConfig, InputSpec, MediaKind
 from training.data import plan
+from training.data.batch import Batch
 from training.data.index import ClipIndex
-from training.data.shards import ShardReader
+from training.data.shards import DamagedError, Place, RowGroup, ShardReader
 from training.data.transforms import (
     WHOLE,
+    Crop,
     Frames,
     choose_frames,
     decode_jpegs,
@@ -27,175 +35,306 @@ from training.data.transforms import (
 
 logger = logging.getLogger(__name__)
 
-STATE_VERSION = 1
+STATE_VERSION = 2
+
+_BROKEN = (OSError, ValueError, SyntaxError, EOFError, struct.error)
+"""What Pillow, PyAV and the sound's decoder raise for broken bytes; a programming error is none."""
 
 
-class Batch(NamedTuple):
-    """Clips of one step. A clip that could not be read keeps its place, zeroed and not valid."""
+@dataclass(frozen=True)
+class Feed:
+    """The clips that steps of one kind of media read."""
 
-    frames: torch.Tensor
-    """uint8 [B, T, H, W, 3], RGB."""
-    tokens: torch.Tensor
-    """int64 [B, L]."""
-    valid: torch.Tensor
-    """bool [B]; the loss leaves the others out."""
-    caption_id: torch.Tensor
-    """int64 [B], equal for equal cleaned captions."""
-    video_id: torch.Tensor
-    """int64 [B], equal for clips of one video."""
-    position: torch.Tensor
-    """int64 [B], the clip's place in the index."""
-    skipped: list[tuple[str, str]]
-    """(clip id, reason) of the clips that are not valid."""
+    index: ClipIndex
+    caption: str | None
+    """The text column; None reads no text."""
+    batch_size: int
+    """Clips per step over all processes; per process in evaluation."""
+    num_groups: tuple[int, ...]
+    """Row groups of each source, which follow each other in the index."""
+    weights: tuple[float, ...]
+    """How often an epoch sees each clip of a source."""
+
+    def sources(self) -> tuple[int, list[plan.Source]]:
+        """Returns the steps of an epoch and what each source gives to them."""
+        cuts = np.cumsum([0, *self.num_groups])
+        starts = [self.index.group_start[a : b + 1] for a, b in itertools.pairwise(cuts)]
+        num_clips = [int(start[-1] - start[0]) for start in starts]
+        steps, given = plan.quotas(num_clips, self.weights, self.batch_size)
+        return steps, [plan.Source(s, n) for s, n in zip(starts, given, strict=True)]
 
 
 class _Request(NamedTuple):
-    """What a reader is asked for. ``epoch`` is None in evaluation: no augmentation."""
+    """What a reader is asked for."""
 
+    kind: MediaKind
     epoch: int | None
-    positions: np.ndarray
+    """None in evaluation: no augmentation."""
+    items: NDArray[np.signedinteger]
+    """Places in the index, the copy's number times the clips added; -1 for a hole."""
+
+
+class _Job(NamedTuple):
+    """A request, and the next one of the same reader where it is of use to know it."""
+
+    request: _Request
+    following: _Request | None
 
 
 class ClipReader(Dataset[Any]):
-    """Turns positions of the index into a batch; runs in the reader processes.
+    """Turns requests into batches; runs in the reader processes.
 
     Returns an ``EngineError`` instead of raising it: a DataLoader would dress it in a traceback.
     """
 
     def __init__(
-        self,
-        index: ClipIndex,
-        config: DataConfig,
-        *,
-        num_frames: int,
-        image_size: int,
-        context_length: int,
-        seed: int,
+        self, feeds: Mapping[MediaKind, Feed], config: DataConfig, spec: InputSpec, seed: int
     ) -> None:
-        self._index = index
-        self._config = config
-        self._num_frames = num_frames
-        self._image_size = image_size
-        self._context_length = context_length
-        self._seed = seed
-        self._reader: ShardReader | None = None
+        self._feeds, self._config, self._spec, self._seed = feeds, config, spec, seed
+        self._shards: ShardReader | None = None
+        self._tokenise: Callable[[list[str]], torch.Tensor] | None = None
 
-    def __getitem__(self, request: _Request) -> Batch | EngineError:
+    def __getitem__(self, job: _Job) -> Batch | EngineError:
         try:
-            return self._batch(request)
+            return self._batch(job)
         except EngineError as error:
             return error
 
-    def _batch(self, request: _Request) -> Batch:
-        size = len(request.positions)
-        shape = (size, self._num_frames, self._image_size, self._image_size, 3)
-        frames_BTHWC = np.zeros(shape, dtype=np.uint8)
+    def _batch(self, job: _Job) -> Batch:
+        kind, epoch, items = job.request
+        feed, config = self._feeds[kind], self._config
+        size, num_clips = len(items), len(feed.index)
+        item_B = items.astype(np.int64)
+        is_hole_B = item_B < 0
+        position_B = np.where(is_hole_B, -1, item_B % num_clips)
+        pixels = self._spec.image_size
+        on_device = config.crop_on == "device" and epoch is not None
+        if on_device:
+            # The usual margin of 256 for crops of 224.
+            pixels = math.ceil(pixels * 8 / 7)
+        num_frames = 1 if kind == "image" else self._spec.num_frames
+        frames_BTHWC = crop_B5 = fbank_BFM = None
+        if kind != "audio":
+            frames_BTHWC = np.zeros((size, num_frames, pixels, pixels, 3), dtype=np.uint8)
+            if on_device:
+                crop_B5 = np.tile(np.array(_box(WHOLE), dtype=np.float32), (size, 1))
         captions = [""] * size
         valid_B = np.zeros(size, dtype=bool)
-        skipped: list[tuple[str, str]] = []
-        for place, position in enumerate(request.positions):
-            row = self._row(position)
+        skipped: dict[int, tuple[str, str]] = {}
+
+        order = np.flatnonzero(~is_hole_B)
+        group_B = feed.index.group_of(position_B)
+        # By row group: however small the cache, none is read twice for a batch.
+        order = order[np.argsort(group_B[order], kind="stable")]
+        shards = self._open_shards()
+        if job.following is not None:
+            shards.expect([*self._places(job.request), *self._places(job.following)])
+        for place in order.tolist():
+            position = int(position_B[place])
+            where = self._place(kind, int(group_B[place]))
+            row = int(feed.index.row[position])
             rng = None
-            if request.epoch is not None:
-                rng = np.random.default_rng([self._seed, request.epoch, 3, int(position)])
-            caption = row[self._config.caption] or ""
-            text = clean_caption(caption) if self._config.clean_captions else caption.strip()
+            if epoch is not None:
+                copy = int(item_B[place]) // num_clips
+                rng = np.random.default_rng([self._seed, epoch, 3, position, copy])
             try:
-                if not text:
-                    raise ValueError("no caption")
-                frames_BTHWC[place] = self._frames(row, rng)
-            # What Pillow and PyAV raise for broken bytes; a programming error is none of these.
-            except (OSError, ValueError, SyntaxError) as error:
-                skipped.append((row["clip_id"], str(error)))
+                group = shards.group(where)
+            except DamagedError as error:
+                skipped[place] = (f"{where.shard.name}/{where.row_group}/{row}", str(error))
                 continue
-            captions[place] = text
+            if row >= group.num_rows:
+                raise CorpusError(
+                    f"shards/{where.shard.name}.parquet, row group {where.row_group} has no row {row}",
+                    "the catalog and the shard do not belong together: ingest the videos again",
+                )
+            try:
+                if feed.caption is not None:
+                    captions[place] = self._caption(group, feed.caption, row)
+                if frames_BTHWC is not None:
+                    frames, crop = self._frames(group, row, num_frames, pixels, rng)
+                    frames_BTHWC[place] = frames
+                    if crop_B5 is not None:
+                        crop_B5[place] = _box(crop)
+                if kind in _HEARD:
+                    fbank_FM = _sound(group, row, rng)
+                    if fbank_BFM is None:
+                        fbank_BFM = np.zeros((size, *fbank_FM.shape), dtype=np.float32)
+                    fbank_BFM[place] = fbank_FM
+            except _BROKEN as error:
+                captions[place] = ""
+                skipped[place] = (group.columns["clip_id"][row].as_py(), str(error))
+                if frames_BTHWC is not None:
+                    frames_BTHWC[place] = 0
+                continue
             valid_B[place] = True
-        caption_ids = [int(records.digest("caption", text), 16) for text in captions]
         return Batch(
-            torch.from_numpy(frames_BTHWC),
-            tokenise(captions, self._context_length),
+            kind,
+            None if frames_BTHWC is None else torch.from_numpy(frames_BTHWC),
+            None if crop_B5 is None else torch.from_numpy(crop_B5),
+            None if fbank_BFM is None else torch.from_numpy(fbank_BFM),
+            self._tokens(captions, feed.caption),
             torch.from_numpy(valid_B),
-            torch.from_numpy(np.array(caption_ids, dtype=np.uint64).view(np.int64)),
-            torch.from_numpy(self._index.video_hash[request.positions]),
-            torch.from_numpy(request.positions.astype(np.int64)),
-            skipped,
+            torch.from_numpy(position_B if feed.caption is None else _caption_ids(captions)),
+            torch.from_numpy(np.where(is_hole_B, 0, feed.index.video_hash[position_B])),
+            torch.from_numpy(position_B),
+            [skipped[place] for place in sorted(skipped)],
         )
 
-    def _row(self, position: int) -> dict[str, Any]:
-        if self._reader is None:
-            columns = ("clip_id", self._config.caption, self._config.media)
-            self._reader = ShardReader(self._index.url, columns, self._config.cache_mb)
-        index = self._index
-        return self._reader.row(
-            index.shards[index.shard_number[position]],
-            int(index.row_group[position]),
-            int(index.row[position]),
-        )
+    def _open_shards(self) -> ShardReader:
+        # Here and not earlier: neither threads nor connections survive a fork.
+        if self._shards is None:
+            self._shards = ShardReader(self._config.cache_mb, self._config.read_ahead)
+        return self._shards
 
-    def _frames(self, row: dict[str, Any], rng: np.random.Generator | None) -> Frames:
-        config, size, wanted = self._config, self._image_size, self._num_frames
+    def _places(self, request: _Request) -> list[Place]:
+        """Returns the row groups of a request in the order in which they are read."""
+        index = self._feeds[request.kind].index
+        items = request.items[request.items >= 0].astype(np.int64)
+        groups = np.unique(index.group_of(items % len(index)))
+        return [self._place(request.kind, group) for group in groups.tolist()]
+
+    def _place(self, kind: MediaKind, group: int) -> Place:
+        feed = self._feeds[kind]
+        index = feed.index
+        shard = index.shards[int(index.group_shard[group])]
+        return Place(shard, int(index.group_number[group]), self._columns(kind))
+
+    def _columns(self, kind: MediaKind) -> tuple[str, ...]:
+        caption, media = self._feeds[kind].caption, self._config.media
+        columns = ["clip_id"] + ([caption] if caption is not None else [])
+        if kind != "audio" and media == "frames":
+            columns.append("frames")
+        if kind in _HEARD or media == "video":
+            columns.append("video.bytes")
+        return tuple(columns)
+
+    def _caption(self, group: RowGroup, name: str, row: int) -> str:
+        caption = group.columns[name][row].as_py() or ""
+        text = clean_caption(caption) if self._config.clean_captions else caption.strip()
+        if not text:
+            raise ValueError("no caption")
+        return text
+
+    def _frames(
+        self, group: RowGroup, row: int, wanted: int, size: int, rng: np.random.Generator | None
+    ) -> tuple[Frames, Crop]:
+        """Returns squares and, where they are whole frames yet, what is to be cut from them."""
+        config = self._config
         if config.media == "video":
             # Imported late: a recipe that reads frames runs without PyAV.
             from training.data.video import decode_frames
 
             shares = (np.arange(wanted) + (0.5 if rng is None else rng.random(wanted))) / wanted
-            images = decode_frames((row["video"] or {}).get("bytes") or b"", shares.tolist())
-            return square_images(images, size, self._crop(*images[0].size, rng))
-        jpegs = row["frames"] or []
-        if not jpegs:
+            images = decode_frames(_mp4(group, row), shares.tolist(), decoder=config.decoder)
+            crop = self._crop(*images[0].size, rng)
+            if config.crop_on == "device":
+                return square_images(images, size, WHOLE), crop
+            return square_images(images, size, crop), WHOLE
+        jpegs = group.columns["frames"][row].values
+        if jpegs is None or not len(jpegs):
             raise ValueError("no frames")
-        chosen = [jpegs[i] for i in choose_frames(len(jpegs), wanted, rng)]
+        chosen = [jpegs[i].as_py() or b"" for i in choose_frames(len(jpegs), wanted, rng)]
         # Crops are drawn on a square: the frame's own size is not known before it is decoded,
         # and the aspect ratio is not kept anyway.
-        return decode_jpegs(chosen, size, self._crop(1, 1, rng))
+        crop = self._crop(1, 1, rng)
+        if config.crop_on == "device":
+            return decode_jpegs(chosen, size, WHOLE), crop
+        return decode_jpegs(chosen, size, crop), WHOLE
 
-    def _crop(self, width: int, height: int, rng: np.random.Generator | None):  # noqa: ANN202
+    def _crop(self, width: int, height: int, rng: np.random.Generator | None) -> Crop:
         if rng is None:
             return WHOLE
         return random_crop(width, height, self._config.crop_scale, self._config.flip, rng)
 
+    def _tokens(self, captions: list[str], column: str | None) -> torch.Tensor:
+        if column is None:
+            return torch.zeros(len(captions), 0, dtype=torch.int64)
+        if self._tokenise is None:
+            # Imported late: some tokenisers take seconds.
+            from training.data.text import build_tokenizer
+
+            self._tokenise = build_tokenizer(self._spec)
+        return self._tokenise(captions)
+
+
+_HEARD = ("audio", "audio_video")
+"""Kinds of media that need sound."""
+
+
+def _mp4(group: RowGroup, row: int) -> bytes:
+    return group.columns["video"].field("bytes")[row].as_py() or b""
+
+
+def _sound(group: RowGroup, row: int, rng: np.random.Generator | None) -> NDArray[np.float32]:
+    # Imported late: a recipe without sound runs without what decodes it.
+    from training.data.audio import clip_fbank
+
+    return clip_fbank(_mp4(group, row), rng)
+
+
+def _box(crop: Crop) -> tuple[float, ...]:
+    return crop.left, crop.top, crop.right, crop.bottom, float(crop.flip)
+
+
+def _caption_ids(captions: list[str]) -> NDArray[np.int64]:
+    ids = [int(records.digest("caption", text), 16) for text in captions]
+    return np.array(ids, dtype=np.uint64).view(np.int64)
+
 
 class TrainLoader:
-    """An endless stream of training batches of one rank, epoch after epoch.
+    """An endless stream of one process' training batches, epoch after epoch.
 
-    Batches depend on the index, the recipe, the seed, the epoch, the rank and the number of
-    ranks; not on ``num_workers``. The state counts what the caller has taken, not what readers
-    have prepared.
+    The global batches depend on the clips, the recipe's data section, the seed and the epoch; neither
+    on the number of processes, of which each takes a part of every batch, nor on ``num_workers``. The
+    state counts what the caller has taken, not what readers have prepared.
 
     Args:
-        reader: Reads the clips of ``index``.
-        index: Training clips.
+        feeds: Training clips of each kind of media.
         config: The recipe's data section.
+        spec: What the model reads.
         seed: The run's seed.
         rank: This process.
         world_size: All processes.
-        is_remote: Whether the corpus lies on an object store, whose clients do not survive a fork.
+        is_remote: Whether a corpus lies on an object store, whose clients do not survive a fork.
 
     Raises:
-        ConfigError: If the clips do not fill one global batch.
+        ConfigError: If the clips do not fill one global batch, or the processes cannot share it.
     """
 
     def __init__(
         self,
-        reader: ClipReader,
-        index: ClipIndex,
+        feeds: Mapping[MediaKind, Feed],
         config: DataConfig,
+        spec: InputSpec,
         *,
         seed: int,
         rank: int = 0,
         world_size: int = 1,
         is_remote: bool = False,
     ) -> None:
-        self.steps_per_epoch = plan.num_steps(len(index), config.batch_size, world_size)
-        if self.steps_per_epoch == 0:
-            raise ConfigError(
-                f"{len(index)} training clips do not fill one batch of "
-                f"{config.batch_size} x {world_size} processes",
-                f"--set data.batch_size={max(len(index) // world_size, 1)} or fewer",
-            )
-        self._reader, self._index, self._config = reader, index, config
-        self._seed, self._rank, self._world_size = seed, rank, world_size
-        self._is_remote = is_remote
+        # In an order of their own, not the recipe's.
+        self._kinds = [kind for kind in get_args(MediaKind) if kind in feeds]
+        self._feeds = {kind: feeds[kind] for kind in self._kinds}
+        self._sources: dict[MediaKind, list[plan.Source]] = {}
+        self._steps: dict[MediaKind, int] = {}
+        for kind, feed in self._feeds.items():
+            field = "data.batch_size" if len(feeds) == 1 else f"data.mix.{kind}.batch_size"
+            if feed.batch_size % world_size:
+                fitting = max(round(feed.batch_size / world_size), 1) * world_size
+                raise ConfigError(
+                    f"{field} {feed.batch_size} cannot be shared evenly by {world_size} processes",
+                    f"--set {field}={fitting}",
+                )
+            self._steps[kind], self._sources[kind] = feed.sources()
+            if not self._steps[kind]:
+                raise ConfigError(
+                    f"{len(feed.index)} training clips do not fill one batch of {feed.batch_size}",
+                    f"--set {field}={max(len(feed.index) // world_size, 1) * world_size} or fewer",
+                )
+        self.steps_per_epoch = sum(self._steps.values())
+        self._reader = ClipReader(self._feeds, config, spec, seed)
+        self._config, self._seed, self._is_remote = config, seed, is_remote
+        self._rank, self._world_size = rank, world_size
         self.epoch = 0
         self.step = 0
         """Batches of this epoch already taken."""
@@ -203,18 +342,8 @@ class TrainLoader:
         """Clips that could not be read, and why; each is logged once."""
 
     def __iter__(self) -> Iterator[Batch]:
-        workers = self._config.num_workers
-        loader = DataLoader(
-            self._reader,
-            batch_size=None,
-            sampler=_Requests(self._requests, self.epoch, self.step),
-            num_workers=workers,
-            collate_fn=_identity,
-            multiprocessing_context="spawn" if workers and self._is_remote else None,
-            pin_memory=torch.cuda.is_available(),
-            prefetch_factor=4 if workers else None,
-            generator=torch.Generator(),  # else it draws from the run's own, and resume differs
-        )
+        requests = _Requests(self._requests, self._config, self._is_remote)
+        loader = _data_loader(self._reader, requests, self._config, self._is_remote)
         for batch in loader:
             if isinstance(batch, EngineError):
                 raise batch
@@ -227,82 +356,113 @@ class TrainLoader:
                 self.epoch, self.step = self.epoch + 1, 0
             yield batch
 
-    def _requests(self, epoch: int) -> np.ndarray:
-        return plan.epoch_batches(
-            self._index.group,
+    def _requests(self) -> Iterator[_Request]:
+        """Yields what to read from the position on, without end."""
+        epoch, step = self.epoch, self.step
+        while True:
+            kind_of_step = plan.kinds_in_turn(
+                list(self._steps.values()), seed=self._seed, epoch=epoch
+            )
+            batches = {
+                kind: iter(self._epoch(kind, epoch, np.flatnonzero(kind_of_step == number), step))
+                for number, kind in enumerate(self._kinds)
+            }
+            for number in kind_of_step[step:].tolist():
+                kind = self._kinds[number]
+                yield _Request(kind, epoch, next(batches[kind]))
+            del batches
+            epoch, step = epoch + 1, 0
+
+    def _epoch(
+        self, kind: MediaKind, epoch: int, own_steps: NDArray[np.int64], first_step: int
+    ) -> NDArray[np.signedinteger]:
+        """Returns this process' share of the kind's batches from a step of the epoch on."""
+        feed, config = self._feeds[kind], self._config
+        layout = plan.Layout(
+            feed.batch_size, config.slots, own_steps % config.lanes, config.shuffle_buffer
+        )
+        share = feed.batch_size // self._world_size
+        items = plan.epoch_batches(
+            self._sources[kind],
+            layout,
             seed=self._seed,
             epoch=epoch,
-            rank=self._rank,
-            world_size=self._world_size,
-            batch_size=self._config.batch_size,
-            lanes=self._config.lanes,
-            shuffle_buffer=self._config.shuffle_buffer,
+            stream=get_args(MediaKind).index(kind),
+            columns=(self._rank * share, (self._rank + 1) * share),
+            video_hash=feed.index.video_hash if config.unique_videos else None,
         )
+        if config.unique_videos and (num_holes := int(np.count_nonzero(items < 0))):
+            logger.warning(
+                "%d clips sit epoch %d out: their videos have more clips than could be parted",
+                num_holes,
+                epoch,
+            )
+        return items[np.searchsorted(own_steps, first_step) :]
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the position and what it depends on, as plain values, equal on every rank."""
+        config = self._config
         return {
             "version": STATE_VERSION,
             "epoch": self.epoch,
             "step": self.step,
-            "clips": self._index.fingerprint,
-            "num_clips": len(self._index),
             "seed": self._seed,
-            "world_size": self._world_size,
-            "batch_size": self._config.batch_size,
-            "lanes": self._config.lanes,
-            "shuffle_buffer": self._config.shuffle_buffer,
+            "slots": config.slots,
+            "lanes": config.lanes,
+            "shuffle_buffer": config.shuffle_buffer,
+            "unique_videos": config.unique_videos,
+            "mix": {
+                kind: {
+                    "clips": feed.index.fingerprint,
+                    "num_clips": len(feed.index),
+                    "batch_size": feed.batch_size,
+                    "weights": list(feed.weights),
+                }
+                for kind, feed in self._feeds.items()
+            },
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Moves to a position; the next ``iter()`` starts there.
+        """Moves to a position; the next ``iter()`` starts there. Any number of processes may do so.
 
         Raises:
             ConfigError: If the position means other clips here than where it was saved.
         """
-        own = self.state_dict()
+        then, now = _flat(state), _flat(self.state_dict())
         differing = [
-            f"{name}: {state.get(name)} then, {own[name]} now"
-            for name in own
-            if name not in {"epoch", "step"} and state.get(name) != own[name]
+            f"{name}: {then.get(name)} then, {now.get(name)} now"
+            for name in dict.fromkeys([*now, *then])
+            if name not in {"epoch", "step"} and then.get(name) != now.get(name)
         ]
         if differing:
             raise ConfigError(
                 "The checkpoint was written in the middle of other data:\n  "
                 + "\n  ".join(differing),
-                "run with the same corpus, recipe and number of processes, or start over in "
-                "another --output",
+                "run with the same corpus and recipe, or start over in another --output",
             )
         self.epoch, self.step = state["epoch"], state["step"]
 
 
 def coverage_loader(
-    reader: ClipReader,
-    num_clips: int,
+    kind: MediaKind,
+    feed: Feed,
     config: DataConfig,
+    spec: InputSpec,
     *,
     rank: int = 0,
     world_size: int = 1,
     is_remote: bool = False,
 ) -> Iterator[Batch]:
     """Yields one rank's share of every clip exactly once, in index order, not augmented."""
-    requests = [
-        _Request(None, positions)
-        for positions in plan.coverage_batches(
-            num_clips, rank=rank, world_size=world_size, batch_size=config.eval_batch_size
-        )
-    ]
-    workers = min(config.num_workers, len(requests))
-    loader = DataLoader(
-        reader,
-        batch_size=None,
-        sampler=requests,
-        num_workers=workers,
-        collate_fn=_identity,
-        multiprocessing_context="spawn" if workers and is_remote else None,
-        generator=torch.Generator(),
+    shares = plan.coverage_batches(
+        len(feed.index), rank=rank, world_size=world_size, batch_size=feed.batch_size
     )
-    for batch in loader:
+    config = config.model_copy(update={"num_workers": min(config.num_workers, len(shares))})
+    requests = _Requests(
+        lambda: (_Request(kind, None, share) for share in shares), config, is_remote
+    )
+    reader = ClipReader({kind: feed}, config, spec, seed=0)
+    for batch in _data_loader(reader, requests, config, is_remote):
         if isinstance(batch, EngineError):
             raise batch
         for clip, reason in batch.skipped:
@@ -311,18 +471,52 @@ def coverage_loader(
 
 
 class _Requests:
-    """The endless list of what to read, from a position on."""
+    """Jobs in the order in which reader processes take them in turn."""
 
-    def __init__(self, requests_of: Any, epoch: int, step: int) -> None:
-        self._requests_of, self._epoch, self._step = requests_of, epoch, step
+    def __init__(
+        self, requests: Callable[[], Iterator[_Request]], config: DataConfig, is_remote: bool
+    ) -> None:
+        self._requests = requests
+        # The next request of the same reader process is as many places on as there are of them.
+        self._lag = max(config.num_workers, 1) if is_remote and config.read_ahead else 0
 
-    def __iter__(self) -> Iterator[_Request]:
-        epoch, step = self._epoch, self._step
-        while True:
-            for positions in self._requests_of(epoch)[step:]:
-                yield _Request(epoch, positions)
-            epoch, step = epoch + 1, 0
+    def __iter__(self) -> Iterator[_Job]:
+        waiting: deque[_Request] = deque()
+        for request in self._requests():
+            waiting.append(request)
+            if len(waiting) > self._lag:
+                yield _Job(waiting.popleft(), request if self._lag else None)
+        for request in waiting:
+            yield _Job(request, None)
+
+
+def _data_loader(
+    reader: ClipReader, requests: _Requests, config: DataConfig, is_remote: bool
+) -> "DataLoader[Any]":
+    workers = config.num_workers
+    return DataLoader(
+        reader,
+        batch_size=None,
+        sampler=requests,
+        num_workers=workers,
+        collate_fn=_identity,
+        multiprocessing_context="spawn" if workers and is_remote else None,
+        pin_memory=torch.cuda.is_available(),
+        prefetch_factor=4 if workers else None,
+        generator=torch.Generator(),  # else it draws from the run's own, and resume differs
+    )
 
 
 def _identity(batch: Any) -> Any:
     return batch
+
+
+def _flat(state: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns nested values under dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in state.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat

@@ -1,85 +1,162 @@
 # SPDX-License-Identifier: Apache-2.0
-"""(shard, row group, row) -> the clip's caption and media, by whole row groups of few columns."""
+"""(shard, row group) -> a few of its columns, kept in memory, fetched ahead from object stores."""
 
-from collections import OrderedDict
-from typing import Any
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dataengine.corpus import Corpus
 from dataengine.errors import CorpusError
-from training.data.index import arrow_filesystem
+from training.data.index import Shard, arrow_filesystem
 
 _MAX_OPEN_FILES = 32
 """A footer of a large shard is some hundred kB; re-reading one costs a round trip."""
 
 
+class DamagedError(Exception):
+    """A row group that cannot be read in a shard that can."""
+
+
+class Place(NamedTuple):
+    """A read: columns of a row group."""
+
+    shard: Shard
+    row_group: int
+    columns: tuple[str, ...]
+    """Leaves of structs by their dotted path."""
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """What was read."""
+
+    columns: dict[str, pa.Array]
+    """By the name of the whole column."""
+    num_rows: int
+    num_bytes: int
+
+
 class ShardReader:
-    """Reads rows of shards and keeps the last row groups in memory.
+    """Reads row groups of any corpora and keeps the last ones in memory.
 
     Parquet's smallest read is a column of a row group, so clips that share one should be asked
     for close together; the epoch's plan sees to that.
 
     Args:
-        url: The corpus.
-        columns: What to read; columns left out (the MP4s, for one) cost nothing.
         cache_mb: Row groups kept, MiB. One is kept whatever its size.
+        read_ahead: Row groups of those that `expect` names that are fetched before they are asked
+            for, while the caller is busy with others; local files need none.
     """
 
-    def __init__(self, url: str, columns: tuple[str, ...], cache_mb: int) -> None:
-        self._corpus = Corpus(url)
-        self._filesystem = arrow_filesystem(self._corpus)
-        self._columns = columns
+    def __init__(self, cache_mb: int, read_ahead: int = 0) -> None:
         self._cache_bytes = cache_mb << 20
         self._cached_bytes = 0
-        self._tables: OrderedDict[tuple[str, int], pa.Table] = OrderedDict()
-        self._files: OrderedDict[str, pq.ParquetFile] = OrderedDict()
+        self._groups: OrderedDict[Place, RowGroup] = OrderedDict()
+        self._files: OrderedDict[Shard, _OpenShard] = OrderedDict()
+        self._read_ahead = read_ahead
+        self._expected: deque[Place] = deque()
+        self._coming: dict[Place, Future[RowGroup]] = {}
+        self._threads: ThreadPoolExecutor | None = None
         self.num_reads = 0
-        """Row groups read so far."""
+        """Row groups taken so far that were not in memory."""
 
-    def row(self, shard: str, row_group: int, row: int) -> dict[str, Any]:
-        """Returns one clip's columns as Python values.
+    def expect(self, places: Iterable[Place]) -> None:
+        """Says what will be asked for next, in this order."""
+        self._expected = deque(dict.fromkeys(places))
+        for place in self._coming.keys() - set(self._expected):
+            self._coming.pop(place).cancel()
+
+    def group(self, place: Place) -> RowGroup:
+        """Returns a row group.
 
         Raises:
-            CorpusError: If the shard cannot be read or lacks a column or the row.
+            CorpusError: If the shard cannot be opened, or lacks a column or the row group.
+            DamagedError: If this row group alone cannot be read.
         """
-        table = self._table(shard, row_group)
-        if row >= len(table):
-            raise CorpusError(
-                f"shards/{shard}.parquet, row group {row_group} has no row {row}",
-                "the catalog and the shard do not belong together: ingest the videos again",
-            )
-        return table.slice(row, 1).to_pylist()[0]
-
-    def _table(self, shard: str, row_group: int) -> pa.Table:
-        key = (shard, row_group)
-        if key in self._tables:
-            self._tables.move_to_end(key)
-            return self._tables[key]
-        try:
-            # One thread: readers run beside each other, and the training process needs its cores.
-            table = self._file(shard).read_row_group(
-                row_group, columns=list(self._columns), use_threads=False
-            )
-        except (OSError, pa.ArrowException) as error:
-            raise CorpusError(f"Cannot read shards/{shard}.parquet: {error}") from error
-        missing = set(self._columns) - set(table.column_names)
-        if missing:
-            raise CorpusError(f"shards/{shard}.parquet lacks {', '.join(sorted(missing))}")
+        if place in self._groups:
+            self._groups.move_to_end(place)
+            return self._groups[place]
+        future = self._coming.pop(place, None)
+        # Before this one is waited for: the next one travels meanwhile.
+        self._fetch_ahead(place)
+        group = future.result() if future else self._file(place.shard).read(place)
         self.num_reads += 1
-        self._tables[key] = table
-        self._cached_bytes += table.nbytes
-        while self._cached_bytes > self._cache_bytes and len(self._tables) > 1:
-            _, oldest = self._tables.popitem(last=False)
-            self._cached_bytes -= oldest.nbytes
-        return table
+        self._groups[place] = group
+        self._cached_bytes += group.num_bytes
+        while self._cached_bytes > self._cache_bytes and len(self._groups) > 1:
+            _, oldest = self._groups.popitem(last=False)
+            self._cached_bytes -= oldest.num_bytes
+        return group
 
-    def _file(self, shard: str) -> pq.ParquetFile:
+    def _fetch_ahead(self, place: Place) -> None:
+        if place in self._expected:
+            while self._expected.popleft() != place:
+                pass
+        for coming in self._expected:
+            if len(self._coming) >= self._read_ahead:
+                break
+            if coming not in self._groups and coming not in self._coming:
+                if self._threads is None:
+                    self._threads = ThreadPoolExecutor(self._read_ahead, "read-ahead")
+                file = self._file(coming.shard)
+                self._coming[coming] = self._threads.submit(file.read, coming)
+
+    def _file(self, shard: Shard) -> "_OpenShard":
         if shard not in self._files:
-            path = self._corpus.path("shards", f"{shard}.parquet")
-            self._files[shard] = pq.ParquetFile(path, filesystem=self._filesystem, pre_buffer=True)
+            self._files[shard] = _OpenShard(shard)
             if len(self._files) > _MAX_OPEN_FILES:
-                self._files.popitem(last=False)[1].close()
+                # Not closed: a thread may be reading it. It closes when nobody holds it.
+                self._files.popitem(last=False)
         self._files.move_to_end(shard)
         return self._files[shard]
+
+
+class _OpenShard:
+    """A shard's file, opened when it is first read; one read at a time."""
+
+    def __init__(self, shard: Shard) -> None:
+        self._corpus, self._name = Corpus(shard.url), f"shards/{shard.name}.parquet"
+        self._file: pq.ParquetFile | None = None
+        self._lock = threading.Lock()
+
+    def read(self, place: Place) -> RowGroup:
+        with self._lock:
+            file = self._file or self._open()
+            self._file = file
+            if place.row_group >= file.num_row_groups:
+                raise CorpusError(
+                    f"{self._name} has no row group {place.row_group}",
+                    "the catalog and the shard do not belong together: ingest the videos again",
+                )
+            try:
+                # One thread: readers run beside each other, and the training process needs its cores.
+                table = file.read_row_group(
+                    place.row_group, columns=list(place.columns), use_threads=False
+                )
+            except (OSError, pa.ArrowException) as error:
+                raise DamagedError(
+                    f"row group {place.row_group} of {self._name} is damaged: {error}"
+                ) from error
+        missing = {name.split(".")[0] for name in place.columns} - set(table.column_names)
+        if missing:
+            raise CorpusError(f"{self._name} lacks {', '.join(sorted(missing))}")
+        columns = {name: _whole(table[name]) for name in table.column_names}
+        return RowGroup(columns, len(table), table.nbytes)
+
+    def _open(self) -> pq.ParquetFile:
+        try:
+            path = self._corpus.path(self._name)
+            filesystem = arrow_filesystem(self._corpus)
+            return pq.ParquetFile(path, filesystem=filesystem, pre_buffer=not self._corpus.is_local)
+        except (OSError, pa.ArrowException) as error:
+            raise CorpusError(f"Cannot read {self._name}: {error}") from error
+
+
+def _whole(column: pa.ChunkedArray) -> pa.Array:
+    return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
