@@ -9,6 +9,7 @@ SOURCES ?=
 DEMO ?= out/demo
 NUM_VIDEOS ?= 40
 RECIPE ?= viclip_tiny
+NUM_WORKERS ?= 1
 EXTRAS ?= --extra ingest --extra train
 Q ?=
 ARGS ?=
@@ -76,8 +77,8 @@ query: $(READY) ## look at clips: make query Q="language = 'en'" ARGS="--limit 5
 verify: $(READY) ## check that CORPUS keeps its contract
 	@$(PY) -m dataengine verify "$$CORPUS" $(ARGS)
 
-pretrain: $(READY) ## train RECIPE on CORPUS
-	@$(PY) -m training "$$RECIPE" --data "$$CORPUS" $(ARGS)
+pretrain: $(READY) ## train RECIPE on CORPUS; with RAY_ADDRESS, on NUM_WORKERS of its workers
+	@$(PY) -m training "$$RECIPE" --data "$$CORPUS" $(if $(RAY_ADDRESS),--ray "$$RAY_ADDRESS" --num-workers $(NUM_WORKERS)) $(ARGS)
 
 test: $(READY) ## the default tests
 	@$(PY) -m pytest $(ARGS)
