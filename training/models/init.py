@@ -179,6 +179,12 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         file = found[0]
     if not file.is_file():
         raise ConfigError(f"init: no weights at {file}", "name a downloaded file")
+    if _is_program(file):
+        raise ConfigError(
+            f"init: {file} is a program and not weights alone (TorchScript, as OpenAI's files are)",
+            "if you trust it, store its weights by themselves: "
+            "torch.save(torch.jit.load(FILE, 'cpu').state_dict(), NEW_FILE)",
+        )
     try:
         if file.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -192,7 +198,8 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     except Exception as error:  # torch, pickle and safetensors raise all kinds
         raise ConfigError(
             f"init: {file} cannot be read as weights alone ({' '.join(str(error).split())[:300]})",
-            _stored_alone(file),
+            "if you trust the file, store its weights by themselves: "
+            "torch.save(torch.load(FILE, weights_only=False)['model'], NEW_FILE)",
         ) from error
     for key in ("module", "model", "state_dict"):
         if isinstance(payload, Mapping) and isinstance(payload.get(key), Mapping):
@@ -208,20 +215,12 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def _stored_alone(file: Path) -> str:
-    """Returns how to make weights alone of a file that holds more."""
-    is_script = zipfile.is_zipfile(file) and any(
-        name.endswith("/constants.pkl") for name in zipfile.ZipFile(file).namelist()
-    )
-    if is_script:
-        return (
-            "it is a program with weights (TorchScript, as OpenAI's files are); if you trust it, "
-            "torch.save(torch.jit.load(FILE, 'cpu').state_dict(), NEW_FILE)"
-        )
-    return (
-        "if you trust the file, store its weights by themselves: "
-        "torch.save(torch.load(FILE, weights_only=False)['model'], NEW_FILE)"
-    )
+def _is_program(file: Path) -> bool:
+    """Returns whether a file is TorchScript, which torch would read by running it."""
+    if not zipfile.is_zipfile(file):
+        return False
+    with zipfile.ZipFile(file) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
 # --- CLIP
