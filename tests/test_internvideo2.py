@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dataengine.errors import DependencyError
-from dataengine.models.internvideo2 import InternVideo2Scorer, InternVideo2ScorerConfig
+from dataengine.models.internvideo2 import InternVideo2ScorerConfig, load_internvideo2
 from dataengine.models.video_text import check_video_text
 from dataengine.networks.config import InternVideo2Config
 from dataengine.networks.internvideo2 import InternVideo2, resize_positions, sinusoids
@@ -127,7 +127,7 @@ def build(tmp_path, tokenizer, state, **settings):
     config = InternVideo2ScorerConfig(
         weights=str(path), tokenizer=tokenizer, **{**SETTINGS, **settings}
     )
-    return InternVideo2Scorer(config)
+    return load_internvideo2(config)
 
 
 def test_embeddings_of_a_published_file(tmp_path, tokenizer, state, vision):
@@ -180,7 +180,7 @@ def test_settings_that_do_not_fit_are_refused(tmp_path, tokenizer, state):
     with pytest.raises(DependencyError, match="width 64 are not known"):
         build(tmp_path, tokenizer, state, heads=None)
     with pytest.raises(DependencyError, match="No InternVideo2 weights"):
-        InternVideo2Scorer(InternVideo2ScorerConfig(weights=str(tmp_path / "none.pt")))
+        load_internvideo2(InternVideo2ScorerConfig(weights=str(tmp_path / "none.pt")))
 
 
 def test_a_model_that_was_never_trained_is_refused(tmp_path, tokenizer, state):

@@ -22,24 +22,30 @@ from dataengine.media import jpeg_decode, jpeg_encode
 from dataengine.models.answers import OUT_OF_MEMORY, Failure
 from dataengine.models.internvideo2 import InternVideo2ScorerConfig
 from dataengine.models.known_pairs import KNOWN_PAIRS
-from dataengine.models.video_text import ViCLIPScorerConfig, build_video_text, middle_frames
+from dataengine.models.video_text import (
+    TrainedScorerConfig,
+    ViCLIPScorerConfig,
+    build_video_text,
+    middle_frames,
+)
 from dataengine.needs import Package, Weights
 from dataengine.networks.config import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     InternVideo2Config,
+    ViCLIPConfig,
 )
 from dataengine.networks.internvideo2 import InternVideo2
 from dataengine.networks.text import clean_caption, tokenise
+from dataengine.prefetch import Found, Missing, find
 from dataengine.records import CLIP_SCHEMA, DROP_STRUCT
 from dataengine.stage import Drop, Kept
 from dataengine.stages.score_video_text import ScoreVideoTextStage
 from tests import helpers
 from tests.tiny_scorers import VICLIP_CONFIG, fit, make_viclip
-from training import checkpoint, export_viclip
-from training.config import config_from_dict
+from training import export
 
-WAYS = ("checkpoint", "export", "half", "published", "published.safetensors")
+WAYS = ("run", "export", "half", "shards", "published", "published.safetensors")
 TOWERS = ("vision_encoder.proj", "text_encoder.text_projection")
 
 
@@ -59,18 +65,10 @@ def viclip():
     return model
 
 
-def recipe():
+def shape():
     # What training alone does, masks and stochastic depth, must not reach the scores.
     video = VICLIP_CONFIG["video"] | {"mask_ratio": 0.5, "drop_path": 0.3}
-    model = VICLIP_CONFIG | {"video": video, "init_temperature": 0.1}
-    optim, data = {"lr": 1e-3, "steps": 3}, {"batch_size": 2, "held_out": 0.1}
-    return config_from_dict(
-        {"model": model, "optim": optim, "data": data, "run": {"seed": 0}}, "a test"
-    )
-
-
-def write_checkpoint(folder, model):
-    return checkpoint.save(folder, step=3, model=model, state={}, config=recipe(), keep=1)
+    return ViCLIPConfig.model_validate(VICLIP_CONFIG | {"video": video, "init_temperature": 0.1})
 
 
 def write_published(path, model):
@@ -103,21 +101,27 @@ def write_published(path, model):
 def weights(viclip, tmp_path_factory):
     """The same model, in every way it can come."""
     root = tmp_path_factory.mktemp("viclip")
-    run = write_checkpoint(root / "run", viclip)
-    assert export_viclip.main([str(root / "run"), str(root / "export")]) == 0
-    assert export_viclip.main([str(run), str(root / "half"), "--half"]) == 0
-    save_file(viclip.state_dict(), root / "viclip-10M.safetensors")
+    state = viclip.state_dict()
+    (root / "run" / "checkpoints" / "step_00000003").mkdir(parents=True)
+    export.export_folder(state, shape(), root / "run" / "model")
+    export.export_folder(state, shape(), root / "export")
+    export.export_folder(state, shape(), root / "half", half=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "MAX_SHARD_SIZE", "100KB")
+        export.export_folder(state, shape(), root / "shards")
+    save_file(state, root / "viclip-10M.safetensors")
     return {
-        "checkpoint": run,
+        "run": root / "run",
         "export": root / "export",
         "half": root / "half",
+        "shards": root / "shards",
         "published": write_published(root / "ViClip-10M.pth", viclip),
         "published.safetensors": root / "viclip-10M.safetensors",
     }
 
 
-def stage_of(path, **columns):
-    config = {"model": ViCLIPScorerConfig(weights=str(path), **columns)}
+def stage_of(path, kind=ViCLIPScorerConfig, **columns):
+    config = {"model": kind(weights=str(path), **columns)}
     stage = ScoreVideoTextStage(ScoreVideoTextStage.Config(**config))
     stage.setup()
     return stage
@@ -205,8 +209,8 @@ def test_every_way_gives_the_same_scores_in_a_shard(way, weights, viclip, tmp_pa
     assert [score for score, _ in scored] == pytest.approx(expected, abs=tolerance)
     assert max(expected) - min(expected) > 0.05
     assert unscored == (None, [])
-    name = {"checkpoint": "step_00000003", "published": "ViClip-10M"}.get(way, way)
-    name = "viclip-10M" if way == "published.safetensors" else name
+    names = {"published": "ViClip-10M", "published.safetensors": "viclip-10M"}
+    name = names.get(way, way)
     for _, (entry,) in scored:
         assert (entry["model"], entry["note"]) == (f"viclip:{name}", None)
         assert entry["revision"] == stage._scorer.revision
@@ -217,13 +221,18 @@ def test_revision_follows_the_weights(weights, viclip, tmp_path):
     other = copy.deepcopy(viclip)
     with torch.no_grad():
         other.text_encoder.ln_final.weight += 1e-3
-    moved = write_checkpoint(tmp_path / "moved", viclip)
-    changed = write_checkpoint(tmp_path / "changed", other)
-    first, same, third = (
+    for name, model, about in (
+        ("moved", viclip, {"steps": 3}),
+        ("changed", other, {}),
+        ("uncleaned", viclip, {"clean_captions": False}),
+    ):
+        export.export_folder(model.state_dict(), shape(), tmp_path / name, about=about)
+    first, moved, changed, uncleaned = (
         build_video_text(ViCLIPScorerConfig(weights=str(path))).revision
-        for path in (weights["checkpoint"], moved, changed)
+        for path in (weights["export"], *(tmp_path / n for n in ("moved", "changed", "uncleaned")))
     )
-    assert first == same != third
+    assert first == moved
+    assert len({first, changed, uncleaned}) == 3
 
 
 def test_a_clip_scores_alike_in_any_batch(weights):
@@ -293,26 +302,18 @@ def rewritten(way, weights, viclip, tmp_path, change):
     """Returns a path with the weights changed, or without those whose change is None."""
     state = {k: v for k, v in {**viclip.state_dict(), **change}.items() if v is not None}
     match way:
-        case "checkpoint":
-            folder = tmp_path / "step_00000003"
-            folder.mkdir()
+        case "run" | "export":
+            folder = tmp_path / "model" if way == "run" else tmp_path
+            folder.mkdir(exist_ok=True)
             save_file(state, folder / "model.safetensors")
-            meta = json.loads((weights[way] / "meta.json").read_text())
-            meta["bytes"]["model.safetensors"] = (folder / "model.safetensors").stat().st_size
-            (folder / "meta.json").write_text(json.dumps(meta))
-            return folder
-        case "export":
-            save_file(state, tmp_path / "model.safetensors")
-            (tmp_path / "viclip_config.json").write_bytes(
-                (weights[way] / "viclip_config.json").read_bytes()
-            )
+            (folder / "config.json").write_bytes((weights["export"] / "config.json").read_bytes())
             return tmp_path
         case "published":
             torch.save({"model": state}, tmp_path / "v.pth")
             return tmp_path / "v.pth"
 
 
-@pytest.mark.parametrize("way", ["checkpoint", "export", "published"])
+@pytest.mark.parametrize("way", ["run", "export", "published"])
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -332,7 +333,7 @@ def test_weights_that_do_not_fit_are_refused_by_name(way, change, said, weights,
         stage_of(path)
 
 
-@pytest.mark.parametrize("way", ["checkpoint", "export", "published"])
+@pytest.mark.parametrize("way", ["run", "export", "published"])
 def test_a_model_at_random_is_refused(way, weights, tmp_path):
     random = make_viclip(fitted=False)
     path = rewritten(way, weights, random, tmp_path, {})
@@ -353,29 +354,47 @@ def test_a_model_with_shuffled_weights_is_refused(tower, seed, weights, viclip, 
         stage_of(path)
 
 
-def test_paths_that_hold_no_viclip_are_refused_with_a_hint(weights, viclip, tmp_path):
-    run = weights["checkpoint"].parents[1]
-    with pytest.raises(DependencyError, match=r"neither meta\.json nor viclip_config") as caught:
-        stage_of(run)
-    assert caught.value.hint == f"name {weights['checkpoint']}"
-    with pytest.raises(DependencyError, match="No ViCLIP weights at"):
-        stage_of(tmp_path / "nowhere")
-    folder = rewritten("checkpoint", weights, viclip, tmp_path, {})
-    meta = json.loads((folder / "meta.json").read_text())
-    (folder / "meta.json").write_text(
-        json.dumps(meta | {"config": {"model": {"kind": "open_clip"}}})
+@pytest.mark.parametrize("kind", [ViCLIPScorerConfig, TrainedScorerConfig])
+def test_paths_that_hold_no_model_are_refused_with_a_hint(kind, weights, tmp_path):
+    step = weights["run"] / "checkpoints" / "step_00000003"
+    (tmp_path / "unfinished" / "checkpoints").mkdir(parents=True)
+    for path in (step, tmp_path / "unfinished"):
+        with pytest.raises(DependencyError, match="checkpoints of training, not a model") as caught:
+            stage_of(path, kind)
+        assert f"python -m training.export {path} FOLDER" in caught.value.hint
+    with pytest.raises(DependencyError, match=r"No .* weights at"):
+        stage_of(tmp_path / "nowhere", kind)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DependencyError, match=r"No model in .* \(no config\.json\)"):
+        stage_of(tmp_path / "empty", kind)
+
+
+def test_a_model_of_another_kind_is_named(weights, tmp_path):
+    vision = InternVideo2Config(
+        image_size=28, width=64, layers=1, heads=2, mlp_width=64, pool_heads=2
     )
-    with pytest.raises(DependencyError, match="holds a open_clip model"):
-        stage_of(folder)
-    (folder / "meta.json").write_text("[]")
-    with pytest.raises(DependencyError, match="Cannot be read"):
-        stage_of(folder)
-    (folder / "meta.json").write_text(json.dumps(meta))
-    whole = (folder / "model.safetensors").read_bytes()
-    for cut in (whole[:-1], whole[:100], b""):
-        (folder / "model.safetensors").write_bytes(cut)
-        with pytest.raises(DependencyError, match=r"model\.safetensors was cut off"):
-            stage_of(folder)
+    config = json.loads((weights["export"] / "config.json").read_text())
+    config |= {"kind": "internvideo2", "model": vision.model_dump()}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(DependencyError, match="internvideo2 model, not a ViCLIP") as caught:
+        stage_of(tmp_path)
+    assert caught.value.hint == "write kind: trained"
+    with pytest.raises(DependencyError, match="a vision encoder alone, which reads no text"):
+        stage_of(tmp_path, TrainedScorerConfig)
+
+
+def test_captions_are_cleaned_as_in_training(viclip, tmp_path):
+    """A model that learnt case and punctuation is shown them."""
+    scores = {}
+    for clean in (True, False):
+        folder = tmp_path / str(clean)
+        export.export_folder(viclip.state_dict(), shape(), folder, about={"clean_captions": clean})
+        scorer = build_video_text(TrainedScorerConfig(weights=str(folder)))
+        scores[clean] = scorer.embed_texts(["a dog, a cat!", "a dog a cat"])
+    assert np.array_equal(*scores[True])
+    assert np.array_equal(scores[True][1], scores[False][1])
+    assert not np.array_equal(*scores[False])
 
 
 class Evil:
@@ -397,9 +416,16 @@ def test_published_files_are_read_as_weights_alone(payload, tmp_path):
         stage_of(tmp_path / "v.pth")
 
 
-def test_needs_name_the_weights():
+def test_needs_name_the_weights(weights, tmp_path):
     needs = ViCLIPScorerConfig(weights="w.pth").needs()
     assert needs == (Package("open_clip"), Weights("file", "w.pth"))
+    for way, model in (("run", "run/model"), ("export", "export"), ("shards", "shards")):
+        _, need = TrainedScorerConfig(weights=str(weights[way])).needs()
+        assert need == Weights("hub", str(weights["export"].parent / model))
+        assert isinstance(find(need), Found)
+    (tmp_path / "config.json").write_text("{}")
+    _, need = TrainedScorerConfig(weights=str(tmp_path)).needs()
+    assert isinstance(find(need), Missing)
 
 
 # --------------------------------------------------------------------------------- InternVideo2

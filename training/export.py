@@ -21,7 +21,14 @@ import yaml
 
 from dataengine.errors import ConfigError, DependencyError, EngineError
 from dataengine.networks.config import NetworkConfig
-from training.config import DistilConfig, ModelConfig, OpenClipConfig, TrainConfig, inputs_of
+from training.config import (
+    RECIPES_DIR,
+    DistilConfig,
+    ModelConfig,
+    OpenClipConfig,
+    TrainConfig,
+    inputs_of,
+)
 from training.console import run_command, say
 
 if TYPE_CHECKING:
@@ -314,14 +321,15 @@ def _write_tokenizer(config: ModelConfig, folder: Path) -> None:
     wanted = inputs_of(config)
     if wanted.tokenizer not in {"bert", "llama"}:
         return
+    beside_recipes = RECIPES_DIR / wanted.tokenizer_name
+    name = str(beside_recipes) if beside_recipes.is_dir() else wanted.tokenizer_name
     try:
         from transformers import AutoTokenizer
 
-        AutoTokenizer.from_pretrained(wanted.tokenizer_name).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(name).save_pretrained(folder)
     except Exception as error:  # transformers and the hub raise all kinds
         raise DependencyError(
-            f"The tokenizer {wanted.tokenizer_name!r} cannot be loaded: "
-            f"{' '.join(str(error).split())[:300]}",
+            f"The tokenizer {name!r} cannot be loaded: {' '.join(str(error).split())[:300]}",
             "model.tokenizer of the recipe names it: put it there, or fetch it",
         ) from error
 
@@ -422,7 +430,7 @@ def _clip_config(config: OpenClipConfig) -> dict[str, Any]:
             "intermediate_size": 4 * width,
             "num_hidden_layers": layers,
             "num_attention_heads": heads,
-            "hidden_act": "gelu",
+            "hidden_act": "quick_gelu" if config.quick_gelu else "gelu",
             "layer_norm_eps": 1e-5,
             "projection_dim": config.embed_dim,
         }
@@ -584,9 +592,8 @@ def main(arguments: list[str] | None = None) -> int:
                 f"{source} holds a {model.kind} model, which open_clip cannot load",
                 "leave --format out",
             )
-        network = _network(config)
-        checkpoint.load_weights(source, network)
-        state, about = network.state_dict(), about_run(config, checkpoint.read_meta(source)["step"])
+        state = _read(source, model)
+        about = about_run(config, checkpoint.read_meta(source)["step"])
         if given.format == "huggingface":
             num_bytes = export_huggingface(
                 state, model, given.folder, half=given.half, about=about, license_id=given.license
@@ -598,10 +605,23 @@ def main(arguments: list[str] | None = None) -> int:
     return run_command(export)
 
 
-def _network(config: TrainConfig) -> "nn.Module":
-    from training.models import build_task
+def _read(checkpoint_folder: Path, config: ModelConfig) -> "dict[str, torch.Tensor]":
+    """Returns what a checkpoint holds of the network that is exported; teachers are not needed."""
+    from dataengine.networks.folder import build_network
+    from training import checkpoint
 
-    return build_task(config).network
+    unneeded: tuple[str, ...] = ()
+    match config:
+        case OpenClipConfig():
+            from training.models.open_clip_model import OpenClipDualEncoder
+
+            network: nn.Module = OpenClipDualEncoder(config)
+        case DistilConfig():
+            network, unneeded = build_network(config.student), _STUDENT_EXTRAS
+        case _:
+            network = build_network(config)
+    checkpoint.load_weights(checkpoint_folder, network, unneeded=unneeded)
+    return network.state_dict()
 
 
 def _next(model: ModelConfig, form: str, folder: Path) -> str:

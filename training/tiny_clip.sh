@@ -10,4 +10,4 @@ python=.venv/bin/python
 "$python" -m dataengine demo "$work/demo" --num-videos 500 --seed 7
 "$python" -m dataengine ingest pipelines/tiny_clip.yaml --sources "$work/demo/videos" --corpus "$work/corpus"
 "$python" -m training clip_tiny --data "$work/corpus" --output "$work/run"
-"$python" -m training.export_clip "$work/run" dataengine/models/tiny_clip
+"$python" -m training.export "$work/run" dataengine/models/tiny_clip --half

@@ -153,13 +153,9 @@ def bert_reader(tokenizer: str, context_length: int, *, clean: bool) -> TextRead
     loaded = load_processor(AutoTokenizer, tokenizer)
 
     def read(texts: Sequence[str]) -> "torch.Tensor":
-        return loaded(
-            [clean_caption(text) if clean else text for text in texts],
-            padding="max_length",
-            truncation=True,
-            max_length=context_length,
-            return_tensors="pt",
-        )["input_ids"]
+        cleaned = [clean_caption(text) if clean else text for text in texts]
+        rows = loaded(cleaned, truncation=True, max_length=context_length)["input_ids"]
+        return _padded(rows, context_length)
 
     return read
 
@@ -175,23 +171,25 @@ def llama_reader(tokenizer: str, context_length: int, *, clean: bool) -> TextRea
     Raises:
         DependencyError: If it cannot be loaded.
     """
-    import torch
     from transformers import AutoTokenizer
 
     from dataengine.networks.text import clean_caption
 
     loaded = load_processor(AutoTokenizer, tokenizer)
+    start, end = loaded.bos_token_id, loaded.eos_token_id
 
     def read(texts: Sequence[str]) -> "torch.Tensor":
-        tokens_BL = torch.zeros(len(texts), context_length, dtype=torch.int64)
-        for row_L, text in zip(tokens_BL, texts, strict=True):
-            prompt = f"summarize:{clean_caption(text) if clean else text}"
-            words = loaded(prompt, add_special_tokens=False)["input_ids"][: context_length - 2]
-            whole = torch.tensor([loaded.bos_token_id, *words, loaded.eos_token_id])
-            row_L[: len(whole)] = whole
-        return tokens_BL
+        prompts = [f"summarize:{clean_caption(text) if clean else text}" for text in texts]
+        rows = loaded(prompts, add_special_tokens=False)["input_ids"]
+        return _padded([[start, *row[: context_length - 2], end] for row in rows], context_length)
 
     return read
+
+
+def _padded(rows: Sequence[Sequence[int]], length: int) -> "torch.Tensor":
+    import torch
+
+    return torch.tensor([[*row, *[0] * (length - len(row))] for row in rows]).view(-1, length)
 
 
 def _exact(features: Any) -> Sequence[np.ndarray]:

@@ -1,18 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An open_clip image-text model under the trainer, and its export as an open_clip folder.
+"""An open_clip image-text model under the trainer.
 
 B clips, T frames, C H W a frame, L text tokens, E embedding.
 """
 
-import json
 import math
-from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import nn
 
 from dataengine.networks.text import VOCAB_SIZE
@@ -71,33 +68,3 @@ def model_config(config: OpenClipConfig) -> dict[str, Any]:
             "layers": config.text.layers,
         },
     }
-
-
-def export_open_clip(model: OpenClipDualEncoder, config: OpenClipConfig, folder: Path) -> int:
-    """Writes a folder that open_clip loads as ``local-dir:<folder>``; returns its bytes.
-
-    Weights are stored as float16, which halves the token table that dominates a small model;
-    open_clip copies them into float32 on loading.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = {
-        name: tensor.detach().to("cpu", torch.float16).contiguous()
-        for name, tensor in model.clip.state_dict().items()
-    }
-    weights_path = folder / "open_clip_model.safetensors"
-    save_file(weights, weights_path, metadata={"format": "pt"})
-    weights_path.chmod(0o644)  # safetensors writes for its user alone; this is for others
-    described = model_config(config)
-    described["vision_cfg"].pop("patch_dropout")  # a matter of training alone
-    about = {
-        "model_cfg": described,
-        "preprocess_cfg": {
-            "mean": list(config.pixel_mean),
-            "std": list(config.pixel_std),
-            "interpolation": "bicubic",
-            # Training and evaluation squeeze the whole frame into the square.
-            "resize_mode": "squash",
-        },
-    }
-    (folder / "open_clip_config.json").write_text(json.dumps(about, indent=2) + "\n")
-    return sum(path.stat().st_size for path in folder.glob("open_clip_*"))
