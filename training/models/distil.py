@@ -170,6 +170,11 @@ class DistilTask(Task):
 
     def __init__(self, config: DistilConfig, objective: DistilObjective) -> None:
         super().__init__()
+        if config.student.image_positions:
+            raise ConfigError(
+                "The first stage has no positions of images of their own: they come with the second",
+                "set model.student.image_positions=false",
+            )
         self._config, self._objective = config, objective
         self._clip_teacher: ClipTeacher = build_clip_teacher(config)
         self._mae_teacher: MaeTeacher | None = build_mae_teacher(config)
@@ -180,7 +185,7 @@ class DistilTask(Task):
         frames_BTCHW = inputs.frames
         assert frames_BTCHW is not None
         student_frames = self._student_frames(frames_BTCHW)
-        targets = self._clip_teacher(student_frames)
+        targets = _taught(self._clip_teacher, student_frames)
         visible_BV = visible_patches(targets.attention, self._config.mask_ratio, self._config.mask)
         answers = self._student(student_frames, visible_BV)
         seen_BN = F.pad(visible_BV + 1, (1, 0))  # and the class token
@@ -191,7 +196,8 @@ class DistilTask(Task):
             "clip_final": weights.final * distance([answers.final], [targets.final], valid_B),
         }
         if self._mae_teacher is not None:
-            mae = [take(layer_BND, visible_BV) for layer_BND in self._mae_teacher(frames_BTCHW)]
+            seen = _taught(self._mae_teacher, frames_BTCHW)
+            mae = [take(layer_BND, visible_BV) for layer_BND in seen]
             losses["mae"] = weights.mae * distance(answers.mae, mae, valid_B)
         return StepOutput(losses, {})
 
@@ -254,6 +260,12 @@ def build_student(
         mae_width=mae_teacher.width if mae_teacher else 0,
         num_mae_layers=num_mae_layers,
     )
+
+
+@torch.compiler.disable
+def _taught(teacher: Any, frames_BTCHW: torch.Tensor) -> Any:
+    """Returns what a teacher sees, outside of a compiled graph: it moves and casts itself."""
+    return teacher(frames_BTCHW)
 
 
 def visible_patches(
