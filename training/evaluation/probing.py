@@ -102,14 +102,14 @@ def _internvideo2_features(
 
 
 def _viclip_tokens(tower: "VideoTower", frames_BTCHW: torch.Tensor) -> torch.Tensor:
-    """Returns the tokens behind the last norm, [B, L, D]; the first is the class token."""
+    """Returns all tokens, normed like the one that is projected, [B, L, D]; the class token is first."""
     caught: list[torch.Tensor] = []
-    hook = tower.ln_post.register_forward_hook(lambda *call: caught.append(call[2]))
+    hook = tower.transformer.register_forward_hook(lambda *call: caught.append(call[2]))
     try:
         tower(frames_BTCHW)
     finally:
         hook.remove()
-    return caught[0].float()
+    return tower.ln_post(caught[0]).float()
 
 
 def _open_clip_features(network: nn.Module, kind: ProbeKind) -> Features:
