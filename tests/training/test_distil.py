@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Blocks of a ModuleList have no type of their own; a wrong guess fails the test.
-# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false, reportOptionalMemberAccess=false
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false, reportOptionalMemberAccess=false, reportOptionalCall=false, reportIndexIssue=false
 """InternVideo2's first stage: what the student answers, what it sees, and how far off it is."""
 
 import copy

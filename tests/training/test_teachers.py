@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Blocks of a ModuleList and open_clip's models have no type of their own; a wrong guess fails the test.
-# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false, reportOptionalMemberAccess=false
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false, reportOptionalMemberAccess=false, reportOptionalCall=false, reportIndexIssue=false
 """Teachers: the published numbers, their files taken whole, and targets on the student's grid."""
 
 import importlib.resources

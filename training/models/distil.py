@@ -8,7 +8,7 @@ Source: InternVideo2 (arXiv:2403.15377), section 3.1, and its released training 
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
@@ -262,10 +262,12 @@ def build_student(
     )
 
 
-@torch.compiler.disable
-def _taught(teacher: Any, frames_BTCHW: torch.Tensor) -> Any:
-    """Returns what a teacher sees, outside of a compiled graph: it moves and casts itself."""
+def _call(teacher: Any, frames_BTCHW: torch.Tensor) -> Any:
     return teacher(frames_BTCHW)
+
+
+# Teachers stay outside of a compiled graph: they move and cast themselves.
+_taught = cast(Callable[[Any, torch.Tensor], Any], torch.compiler.disable(_call))
 
 
 def visible_patches(
