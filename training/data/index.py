@@ -267,31 +267,34 @@ def open_split(
     }
     question = records.digest(json.dumps([corpus.url, subset, caption, sound, held_out]))
     folder = cache / f"{question}-{records.digest(json.dumps(state))}"
-    if not folder.is_dir():
-        train, rest = open_split(data, caption, sound=sound, held_out=held_out)
+    if folder.is_dir():
         try:
-            _keep(folder, {"train": train, "held_out": rest})
-        except OSError as error:
-            logger.warning("the index of %s cannot be kept in %s: %s", data, cache, error)
-            return train, rest
+            return _load(folder / "train"), _load(folder / "held_out")
+        except (OSError, EOFError, ValueError, KeyError) as error:
+            logger.warning("%s is damaged and made again: %s", folder, error)
+            shutil.rmtree(folder, ignore_errors=True)
+    sides = open_split(data, caption, sound=sound, held_out=held_out)
+    try:
+        _keep(folder, sides)
         for old in cache.glob(f"{question}-*"):
             if old != folder:
                 shutil.rmtree(old, ignore_errors=True)
-    try:
+        # Mapped, so that reader processes share the files.
         return _load(folder / "train"), _load(folder / "held_out")
-    except (OSError, ValueError, KeyError) as error:
-        raise CorpusError(f"Damaged: {folder} ({error})", "remove it: it is made again") from error
+    except OSError as error:
+        logger.warning("the index of %s cannot be kept in %s: %s", data, cache, error)
+        return sides
 
 
 _ARRAYS = ("group_shard", "group_number", "group_start", "row", "video_hash")
 
 
-def _keep(folder: Path, sides: dict[str, ClipIndex]) -> None:
-    """Writes indexes into a folder that appears whole or not at all."""
+def _keep(folder: Path, sides: tuple[ClipIndex, ClipIndex]) -> None:
+    """Writes both sides of a split into a folder that appears whole or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     made = Path(tempfile.mkdtemp(prefix=".index-", dir=folder.parent))
     try:
-        for side, index in sides.items():
+        for side, index in zip(("train", "held_out"), sides, strict=True):
             (made / side).mkdir()
             for name in _ARRAYS:
                 np.save(made / side / f"{name}.npy", getattr(index, name))
@@ -318,6 +321,8 @@ def _load(folder: Path) -> ClipIndex:
         # Nothing cannot be mapped. A view is indexed as a plain array, at a tenth of memmap's cost.
         array = np.load(folder / f"{name}.npy", mmap_mode="r" if about["num_clips"] else None)
         arrays[name] = array.view(np.ndarray)
+    if len(arrays["row"]) != about["num_clips"]:
+        raise ValueError(f"it holds {len(arrays['row'])} of {about['num_clips']} clips")
     return ClipIndex(
         shards=tuple(Shard(*shard) for shard in about["shards"]),
         **arrays,
