@@ -9,8 +9,10 @@ H heads, K width of a head, E embedding.
 Source: InternVideo2 (Wang et al. 2024, arXiv:2403.15377), section 3, and the released code's shapes.
 """
 
+import argparse
 import math
 import re
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -468,7 +470,11 @@ def published_state(source: str | Path | Mapping[str, Any]) -> dict[str, torch.T
 
                 payload = load_file(file)
             else:
-                payload = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+                # Fine-tuned files hold their run's arguments beside the weights.
+                with torch.serialization.safe_globals([argparse.Namespace]):
+                    payload = torch.load(
+                        file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
+                    )
         except Exception as error:  # torch and pickle raise all kinds
             problem = " ".join(str(error).split())[:300]
             raise DependencyError(

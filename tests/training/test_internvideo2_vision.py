@@ -6,6 +6,7 @@
 Golden numbers are the published modules', run on weights and frames that are drawn here.
 """
 
+import argparse
 import math
 
 import numpy as np
@@ -242,7 +243,8 @@ def stage2_file(state):
 
 def classifier_file(state):
     head = {"fc_norm.weight": torch.ones(48), "head.weight": torch.zeros(5, 48)}
-    return {"model": {f"module.{k}": v.half() for k, v in (state | head).items()}, "epoch": 3}
+    weights = {f"module.{k}": v.half() for k, v in (state | head).items()}
+    return {"model": weights, "epoch": 3, "args": argparse.Namespace(nb_classes=5)}
 
 
 @pytest.mark.parametrize("make", [stage1_file, stage2_file, classifier_file])
@@ -258,7 +260,9 @@ def test_every_published_file_gives_its_encoder(encoder, make, tmp_path):
 
 def test_safetensors_and_weights_at_hand(encoder, tmp_path):
     save_file(encoder.state_dict(), tmp_path / "model.safetensors")
-    for source in (tmp_path / "model.safetensors", encoder.state_dict()):
+    old = tmp_path / "old.bin"
+    torch.save(encoder.state_dict(), old, _use_new_zipfile_serialization=False)
+    for source in (tmp_path / "model.safetensors", old, encoder.state_dict()):
         InternVideo2(SHAPE).load_state_dict(load_published_vision(source, SHAPE))
 
 

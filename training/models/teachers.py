@@ -222,7 +222,7 @@ class InternViTTeacher(_Frozen):
             x_XND, middle = self._encoder.tokens(frames, layers=self.layers)
             pooled_XE, attention_XN = self._encoder.clip_projector.with_weights(x_XND)
             return _targets(
-                [_frames_to_clips(layer, B, T) for layer in middle],
+                _frames_to_clips(list(middle), B, T),
                 pooled_XE.float().unflatten(0, (B, T)).mean(dim=1),
                 attention_XN[:, 1:].reshape(B, T, -1),
                 self._side,
@@ -268,7 +268,7 @@ class InternVideo2Teacher(_Frozen):
             x_BND, middle = self._encoder.tokens(frames, layers=self.layers)
             pooled_BE, attention_BN = self._encoder.clip_projector.with_weights(x_BND)
             attention_BTP = attention_BN[:, 1:].unflatten(1, (T, -1))
-            return _targets(middle, pooled_BE, attention_BTP, self._side)
+            return _targets(list(middle), pooled_BE, attention_BTP, self._side)
 
     def encode_text(self, tokens_BL: torch.Tensor) -> torch.Tensor:
         """Its text tower is not run."""
@@ -321,14 +321,14 @@ class OpenClipTeacher(_Frozen):
             x_XND = normed[0]
             _, attention_X1N = self._last.attn(x_XND[:, :1], x_XND, x_XND, need_weights=True)
             middle = [
-                _frames_to_clips(torch.cat([cls_X1D, patches_XPD], dim=1), B, T)
+                torch.cat([cls_X1D, patches_XPD], dim=1)
                 for cls_X1D, patches_XPD in zip(
                     seen["image_intermediates_prefix"], seen["image_intermediates"], strict=True
                 )
             ]
             frame_XE = F.normalize(seen["image_features"].float(), dim=-1)
             return _targets(
-                middle,
+                _frames_to_clips(middle, B, T),
                 frame_XE.unflatten(0, (B, T)).mean(dim=1),
                 attention_X1N[:, 0, 1:].reshape(B, T, -1),
                 self._side,
@@ -372,7 +372,7 @@ class VideoMAETeacher(_Frozen):
         with self._running(frames_BTCHW.device):
             frames = self._prepared(frames_BTCHW, self._config.image_size)
             middle = self._encoder(frames, self.layers)
-            return tuple(F.normalize(layer_BND.float(), dim=-1) for layer_BND in middle)
+            return tuple(_unit_(layer_BND) for layer_BND in middle)
 
 
 class VideoMAEEncoder(nn.Module):
@@ -586,31 +586,56 @@ def _mae_positions(config: VideoMAETeacherConfig) -> torch.Tensor:
     )[:, 1:]
 
 
-def _frames_to_clips(layer_XND: torch.Tensor, num_clips: int, num_frames: int) -> torch.Tensor:
-    """Returns the tokens of frames as those of clips, [B, 1 + T * P, D]; class tokens are averaged."""
-    layer_BTND = layer_XND.unflatten(0, (num_clips, num_frames))
-    cls_B1D = layer_BTND[:, :, 0].mean(dim=1, keepdim=True)
-    return torch.cat([cls_B1D, layer_BTND[:, :, 1:].flatten(1, 2)], dim=1)
+def _frames_to_clips(
+    middle: list[torch.Tensor], num_clips: int, num_frames: int
+) -> list[torch.Tensor]:
+    """Returns the tokens of frames as those of clips; class tokens are averaged.
+
+    Layers of a large teacher are gigabytes: each is let go of as soon as the next form of it is there.
+
+    Args:
+        middle: Layers, [B * T, 1 + P, D] each; the list is changed.
+        num_clips: B.
+        num_frames: T.
+
+    Returns:
+        The list, of [B, 1 + T * P, D] each.
+    """
+    for index, layer_XND in enumerate(middle):
+        layer_BTND = layer_XND.unflatten(0, (num_clips, num_frames))
+        cls_B1D = layer_BTND[:, :, 0].mean(dim=1, keepdim=True)
+        middle[index] = torch.cat([cls_B1D, layer_BTND[:, :, 1:].flatten(1, 2)], dim=1)
+    return middle
 
 
 def _targets(
-    middle: Sequence[torch.Tensor],
+    middle: list[torch.Tensor],
     final_BE: torch.Tensor,
     attention_BTP: torch.Tensor,
     side: int,
 ) -> ClipTargets:
-    """Returns features of unit length, and all on the student's grid of ``side`` x ``side``."""
+    """Returns features of unit length, and all on the student's grid of ``side`` x ``side``.
+
+    Layers in the list are changed in place.
+    """
     T, P = attention_BTP.shape[1:]
     if side * side != P:
-        middle = [_regridded(layer_BND, T, math.isqrt(P), side) for layer_BND in middle]
+        for index, layer_BND in enumerate(middle):
+            middle[index] = _regridded(layer_BND, T, math.isqrt(P), side)
         grid_BThw = attention_BTP.float().unflatten(2, (math.isqrt(P), -1))
         resized = F.interpolate(grid_BThw, (side, side), mode="bilinear", align_corners=False)
         attention_BTP = resized.flatten(2)
     return ClipTargets(
-        tuple(F.normalize(layer_BND.float(), dim=-1) for layer_BND in middle),
+        tuple(_unit_(layer_BND) for layer_BND in middle),
         F.normalize(final_BE.float(), dim=-1),
         attention_BTP.float(),
     )
+
+
+def _unit_(x_BND: torch.Tensor) -> torch.Tensor:
+    """Returns float32 unit vectors; float32 ones are changed in place, for there are gigabytes of them."""
+    x_BND = x_BND.float()
+    return x_BND.div_(x_BND.norm(dim=-1, keepdim=True).clamp_(min=1e-12))
 
 
 def _regridded(x_BND: torch.Tensor, num_frames: int, old_side: int, side: int) -> torch.Tensor:
