@@ -33,8 +33,8 @@ _SHOWN_KEYS = 5
 
 
 @functools.cache
-def _mel_filters() -> torch.Tensor:
-    """Returns float32 [FFT / 2 + 1, MEL_BINS]: triangles that are even on Kaldi's mel scale.
+def _mel_filters(num_bins: int) -> torch.Tensor:
+    """Returns float32 [FFT / 2 + 1, num_bins]: triangles that are even on Kaldi's mel scale.
 
     mel(f) = 1127 ln(1 + f / 700), from 20 Hz to 8 kHz. The bin of 8 kHz itself counts in none.
     """
@@ -42,7 +42,7 @@ def _mel_filters() -> torch.Tensor:
     def mel(hz: Any) -> Any:
         return 1127.0 * np.log1p(np.asarray(hz, np.float64) / 700.0)
 
-    corners = np.linspace(mel(20.0), mel(RATE / 2), MEL_BINS + 2)
+    corners = np.linspace(mel(20.0), mel(RATE / 2), num_bins + 2)
     low, centre, high = corners[:-2], corners[1:-1], corners[2:]
     bins = mel(np.arange(FFT // 2) * RATE / FFT)[:, None]
     rising, falling = (bins - low) / (centre - low), (high - bins) / (high - centre)
@@ -56,22 +56,23 @@ def _window() -> torch.Tensor:
     return torch.hann_window(FRAME, periodic=False, dtype=torch.float64).pow(0.85).float()
 
 
-def kaldi_fbank(waves_BS: torch.Tensor) -> torch.Tensor:
-    """Returns float32 [B, T, MEL_BINS] of natural logarithms, T = 1 + (S - FRAME) // SHIFT.
+def kaldi_fbank(waves_BS: torch.Tensor, num_bins: int = MEL_BINS) -> torch.Tensor:
+    """Returns float32 [B, T, num_bins] of natural logarithms, T = 1 + (S - FRAME) // SHIFT.
 
-    Kaldi's ``compute-fbank-feats`` with its defaults, but 128 bins and no dither: frames that do
+    Kaldi's ``compute-fbank-feats`` with its defaults, but more bins and no dither: frames that do
     not fit are left out, the mean of each is taken off, then pre-emphasis of 0.97.
 
     Args:
         waves_BS: float32 in [-1, 1] at 16 kHz, at least FRAME samples. Kaldi reads 16-bit numbers,
             so they are multiplied by 2^15.
+        num_bins: Mel bins: 128 in BEATs' own code, 64 in InternVideo2's second stage.
     """
     frames = (waves_BS.float() * 2**15).unfold(1, FRAME, SHIFT)
     frames = frames - frames.mean(dim=2, keepdim=True)
     before = torch.cat([frames[..., :1], frames[..., :-1]], dim=2)
     frames = (frames - 0.97 * before) * _window().to(frames.device)
     power = torch.fft.rfft(frames, n=FFT).abs().square()
-    mels = power @ _mel_filters().to(frames.device)
+    mels = power @ _mel_filters(num_bins).to(frames.device)
     return mels.clamp_min(torch.finfo(torch.float32).eps).log()
 
 

@@ -10,6 +10,9 @@ VOCAB_SIZE = 49408
 END_OF_TEXT = 49407
 """CLIP's last id: the text feature is read where it stands, the highest id of the row."""
 
+_MAX_CACHED_WORDS = 200_000
+"""open_clip remembers every word it met, some 40 MB by then; typing errors have no end."""
+
 _DROPPED = re.compile(r"[.,'!?\"()*#:;~]")
 _SPACED = re.compile(r"[-/]")
 
@@ -25,7 +28,10 @@ def clean_caption(caption: str) -> str:
 
 def tokenise(captions: list[str], context_length: int) -> torch.Tensor:
     """Returns int64 [B, context_length]: start, words, end, zeros. Long captions keep their end."""
-    return _tokenizer()(captions, context_length)
+    tokenizer = _tokenizer()
+    if len(tokenizer.cache) > _MAX_CACHED_WORDS:
+        _tokenizer.cache_clear()
+    return tokenizer(captions, context_length)
 
 
 @functools.cache

@@ -16,7 +16,8 @@ PIECES += ["▁red"]
 
 
 def spec(kind, name="", length=8):
-    return InputSpec(2, 32, kind, str(name), length, (0.5,) * 3, (0.5,) * 3)
+    half = (0.5, 0.5, 0.5)
+    return InputSpec(2, 32, kind, str(name), length, half, half)
 
 
 @pytest.fixture

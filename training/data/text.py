@@ -37,7 +37,9 @@ def build_tokenizer(spec: InputSpec) -> Tokenizer:
         case "clip":
             return functools.partial(tokenise, context_length=length)
         case "bert":
-            return functools.partial(_bert, _loaded("BertTokenizerFast", spec.tokenizer_name), length)
+            return functools.partial(
+                _bert, _loaded("BertTokenizerFast", spec.tokenizer_name), length
+            )
         case "llama":
             return functools.partial(_llama, _loaded("LlamaTokenizer", spec.tokenizer_name), length)
         case "none":

@@ -7,6 +7,7 @@ T frames, H W pixels, C channels (RGB).
 import io
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -118,7 +119,8 @@ def _decode(jpeg: bytes, size: int, crop: Crop) -> torch.Tensor:
         # torchvision decodes a third faster than Pillow, but at full scale only.
         try:
             data = torch.frombuffer(bytearray(jpeg), dtype=torch.uint8)
-            return decode_jpeg(data, ImageReadMode.RGB).permute(1, 2, 0)
+            frame_CHW: Any = decode_jpeg(data, ImageReadMode.RGB)
+            return frame_CHW.permute(1, 2, 0)
         except RuntimeError as error:
             raise OSError(str(error).splitlines()[0]) from error
     image.draft("RGB", needed)
