@@ -67,13 +67,14 @@ def test_sound_alone_has_no_frames():
 def test_the_whole_box_changes_nothing_and_a_mirror_only_swaps():
     frames = torch.randn(2, 2, 3, SIZE, SIZE)
     crops = torch.tensor([[0.0, 0, 1, 1, 0], [0, 0, 1, 1, 1]])
-    out = cropped(frames, crops)
+    out = cropped(frames, crops, SIZE)
     torch.testing.assert_close(out[0], frames[0], atol=2e-4, rtol=0)
     torch.testing.assert_close(out[1], frames[1].flip(-1), atol=2e-4, rtol=0)
 
 
 @pytest.mark.parametrize(("width", "height"), [(160, 90), (90, 160), (64, 64)])
-def test_device_crops_are_the_readers_crops(width, height):
+@pytest.mark.parametrize("canvas", [SIZE, 74])
+def test_device_crops_are_the_readers_crops(canvas, width, height):
     """One frame at full size is cut by the reader; squeezed into the square it is cut here."""
     rng = np.random.default_rng(0)
     crops = [random_crop(1, 1, (0.5, 1.0), True, rng) for _ in range(6)]
@@ -81,11 +82,12 @@ def test_device_crops_are_the_readers_crops(width, height):
     # Fractions of the pixel grid, so that no box is rounded.
     crops = [snapped(crop, width, height) for crop in crops]
     reader = [square_images(pair, SIZE, crop) for pair, crop in zip(images, crops, strict=True)]
-    wholes = [square_images(pair, SIZE, WHOLE) for pair in images]
+    wholes = [square_images(pair, canvas, WHOLE) for pair in images]
     ours = to_inputs(batch_of(wholes, crops), SPEC, CPU).frames
     theirs = to_inputs(batch_of(reader, None), SPEC, CPU).frames
     assert ours is not None
     assert theirs is not None
+    assert ours.shape == theirs.shape
     std = torch.tensor(STD).view(3, 1, 1)
     difference = (ours - theirs).mul(std * 255).abs()
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A batch as readers make it -> what a model sees: on its device, cropped, mirrored, normalised.
 
-B clips, T frames, C channels, H W pixels.
+B clips, T frames, C channels, H W S pixels.
 """
 
 import torch
@@ -25,7 +25,7 @@ def to_inputs(batch: Batch, spec: InputSpec, device: torch.device) -> Inputs:
     if batch.frames is not None:
         frames = normalise(moved(batch.frames), spec.pixel_mean, spec.pixel_std)
         if batch.crop is not None:
-            frames = cropped(frames, moved(batch.crop))
+            frames = cropped(frames, moved(batch.crop), spec.image_size)
     return Inputs(
         batch.kind,
         frames,
@@ -35,15 +35,17 @@ def to_inputs(batch: Batch, spec: InputSpec, device: torch.device) -> Inputs:
     )
 
 
-def cropped(frames_BTCHW: torch.Tensor, crop_B5: torch.Tensor) -> torch.Tensor:
-    """Returns each clip's box stretched over its frames' size, bicubic, and mirrored where asked.
+def cropped(frames_BTCHW: torch.Tensor, crop_B5: torch.Tensor, size: int) -> torch.Tensor:
+    """Returns each clip's box as [B, T, C, size, size], bicubic, and mirrored where asked.
 
-    Boxes only ever enlarge what the readers squeezed, so nothing has to be averaged. The whole box gives
-    the frames as they are.
+    The readers' squares are hardly larger than ``size``, so nothing is averaged. On the byte scale the
+    result is within 1 on average, and 4 inside the box, of what readers cut from a smooth picture. The
+    whole box of frames of that size gives the frames as they are.
 
     Args:
         frames_BTCHW: float32.
         crop_B5: float32: left, top, right, bottom in fractions of the frame, 1 if mirrored.
+        size: Height and width of the result, pixels.
     """
     B, T, C, H, W = frames_BTCHW.shape
     left, top, right, bottom, flip = crop_B5.unbind(1)
@@ -54,12 +56,12 @@ def cropped(frames_BTCHW: torch.Tensor, crop_B5: torch.Tensor) -> torch.Tensor:
     down = torch.stack([zero, bottom - top, top + bottom - 1], 1)
     theta_B23 = torch.stack([across, down], 1)
     # One grid a clip: its frames are more channels of one picture.
-    grid_BHW2 = F.affine_grid(theta_B23, [B, T * C, H, W], align_corners=False)
+    grid_BSS2 = F.affine_grid(theta_B23, [B, T * C, size, size], align_corners=False)
     sampled = F.grid_sample(
         frames_BTCHW.reshape(B, T * C, H, W),
-        grid_BHW2,
+        grid_BSS2,
         mode="bicubic",
         padding_mode="border",
         align_corners=False,
     )
-    return sampled.view(B, T, C, H, W)
+    return sampled.view(B, T, C, size, size)
