@@ -360,23 +360,18 @@ def _training_features(
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
         order = torch.randperm(len(clips), generator=generator).tolist()
         seed = (config.seed, epoch) if augment else None
-        waiting: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for positions, part in read_features(
-            features, clips, reading, failures, order=order, augment=seed
-        ):
-            waiting.append((part[:, 0], _labels(train, positions)))
-            if sum(len(labels) for _, labels in waiting) >= config.batch_size:
-                yield _joined(waiting)
-                waiting = []
-        if waiting:
-            yield _joined(waiting)
+        parts = read_features(features, clips, reading, failures, order=order, augment=seed)
+        waiting = torch.zeros(0, *shape), torch.zeros(0, dtype=torch.int64)
+        for positions, part in parts:
+            new = part[:, 0], _labels(train, positions)
+            waiting = torch.cat([waiting[0], new[0]]), torch.cat([waiting[1], new[1]])
+            while len(waiting[1]) >= config.batch_size:
+                yield waiting[0][: config.batch_size], waiting[1][: config.batch_size]
+                waiting = waiting[0][config.batch_size :], waiting[1][config.batch_size :]
+        if len(waiting[1]):
+            yield waiting
 
     return read_anew, len(clips), shape[-1]
-
-
-def _joined(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-    features, labels = zip(*parts, strict=True)
-    return torch.cat(features), torch.cat(labels)
 
 
 def _labels(labelled: Sequence[Labelled], positions: torch.Tensor) -> torch.Tensor:
@@ -459,7 +454,7 @@ def temperature_of(network: nn.Module) -> float:
     for name, parameter in network.named_parameters():
         match name.split(".")[-1]:
             case "temp":
-                return float(parameter)
+                return parameter.item()
             case "logit_scale":
-                return float((-parameter).exp())
+                return (-parameter).exp().item()
     raise ConfigError("The model has no temperature", "give --temperature")
