@@ -3,6 +3,7 @@
 
 import json
 import pickle
+from typing import Any
 
 import av
 import numpy as np
@@ -27,7 +28,7 @@ def write_video(path, num_frames=8, size=(32, 24), rate=10, codec="mpeg4", step=
     """A video of which frame n is grey of ``step * n``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=rate)
+        stream: Any = container.add_stream(codec, rate=rate)
         stream.width, stream.height = size
         stream.pix_fmt = "yuv420p"
         stream.codec_context.gop_size = 4

@@ -10,9 +10,10 @@ import av
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 from PIL import Image
+from torch.multiprocessing.spawn import start_processes
 
+from dataengine.networks.config import InternVideo2Stage2Config
 from dataengine.networks.internvideo2_stage2 import InternVideo2Stage2
 from dataengine.networks.viclip import ViCLIP
 from training import checkpoint
@@ -36,7 +37,7 @@ COLOURS = {
     "blue": (30, 40, 220),
     "white": (240, 240, 240),
 }
-SPEC = InputSpec(2, 8, "clip", "", 4, (0.0,) * 3, (1.0,) * 3)
+SPEC = InputSpec(2, 8, "clip", "", 4, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 ALONE = World(0, 1, torch.device("cpu"))
 
 
@@ -104,7 +105,8 @@ def run(tmp_path, capsys):
 
 def encoded_by_hand(model, benchmark, texts):
     """Features of the four videos and of texts, by the network itself."""
-    task, spec = load_model(model).task, load_model(model).spec
+    network, spec = load_model(model).task.network, load_model(model).spec
+    assert isinstance(network, ViCLIP)
     clips = [
         squares(decode(Clip(name, benchmark / "videos" / f"{name}.mp4"), 2)[0], 32, 1)[0]
         for name in COLOURS
@@ -113,7 +115,7 @@ def encoded_by_hand(model, benchmark, texts):
     frames = ((torch.from_numpy(np.stack(clips)).float() / 255 - mean) / std).permute(0, 1, 4, 2, 3)
     with torch.no_grad():
         tokens = build_tokenizer(spec)(texts)
-        return task.network.encode_video(frames), task.network.encode_text(tokens)
+        return network.encode_video(frames), network.encode_text(tokens)
 
 
 # Retrieval
@@ -333,6 +335,7 @@ def stage2(tmp_path):
         "run": {"seed": 0},
     }  # fmt: skip
     model = config_from_dict(document, "a test").model
+    assert isinstance(model, InternVideo2Stage2Config)
     torch.manual_seed(0)
     network = InternVideo2Stage2(model)
     with torch.no_grad():
@@ -348,6 +351,7 @@ def test_candidates_are_ranked_by_the_matcher(stage2, benchmark, run):
     assert "128 re-ranked" in printed
     loaded = load_model(stage2)
     matcher = loaded.task.matcher()
+    assert matcher is not None
     frames = []
     for name in COLOURS:
         (view,) = squares(decode(Clip(name, benchmark / "videos" / f"{name}.mp4"), 2)[0], 28, 1)
@@ -456,6 +460,7 @@ def test_clips_that_could_not_be_read_do_not_count():
     found = evaluate(
         task, [batch_of([1, 2, 3], [True, False, True]), batch_of([4], [False])], SPEC, ALONE
     )
+    assert found is not None
     assert found.text_to_video.num_queries == 2
     assert found.text_to_video.recall[1] == 1
     assert task.training
@@ -489,6 +494,7 @@ def _one_of_two(rank, port, folder):
         for share in shares:
             task = Echo()
             found = evaluate(task, [batch_of(numbers) for numbers in share[rank]], SPEC, world)
+            assert found is not None
             results.append(
                 [task.calls, found.text_to_video.num_queries, found.text_to_video.recall[1]]
             )
@@ -499,7 +505,7 @@ def test_processes_with_unequal_shares_make_equally_many_calls(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.start_processes(_one_of_two, (port, tmp_path), nprocs=2, start_method="fork")
+    start_processes(_one_of_two, (port, tmp_path), nprocs=2, start_method="fork")
     for rank in range(2):
         results = json.loads((tmp_path / f"{rank}.json").read_text())
         assert results == [[3, 7, 1.0], [1, 1, 1.0]]

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -122,7 +124,7 @@ def test_viclip_tokens_give_its_feature(recipe):
 def test_open_clip_tokens_are_the_patches_behind_the_last_norm(recipe):
     torch.manual_seed(0)
     network = open_clip_model(recipe).eval()
-    visual = network.clip.visual
+    visual: Any = network.clip.visual
     with torch.no_grad():
         tokens = frozen_features(network, "attentive")(frames(32))
         visual.output_tokens = True

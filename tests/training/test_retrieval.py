@@ -215,15 +215,16 @@ class Oracle:
         self.wrong = wrong
         self.judged = []
 
-    def video_tokens(self, frames):
-        return frames.view(-1, 1, 1)
+    def video_tokens(self, frames_BTCHW):
+        return frames_BTCHW.view(-1, 1, 1)
 
-    def text_states(self, tokens):
-        return tokens[:, :1, None].float()
+    def text_states(self, tokens_BL):
+        return tokens_BL[:, :1, None].float()
 
-    def match(self, video, text, tokens):
-        self.judged += zip(tokens[:, 1].tolist(), video.flatten().tolist(), strict=True)
-        right = video.flatten() == text.flatten()
+    def match(self, video_BND, text_BLD, tokens_BL):
+        video_B = video_BND.flatten()
+        self.judged += zip(tokens_BL[:, 1].tolist(), video_B.tolist(), strict=True)
+        right = video_B == text_BLD.flatten()
         return torch.where(right, 0.9, 0.1)
 
 
@@ -291,7 +292,7 @@ def test_the_interval_covers_the_truth_as_often_as_it_says():
     rng = np.random.default_rng(0)
     inside = 0
     for _ in range(200):
-        low, high = bootstrap(rng.random(400) < 0.4, samples=400)
+        low, high = bootstrap((rng.random(400) < 0.4) * 1.0, samples=400)
         inside += low <= 0.4 <= high
     assert 0.9 <= inside / 200 <= 0.99
 
