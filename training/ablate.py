@@ -221,6 +221,40 @@ def _train(recipe: str, data: str, overrides: Sequence[str], run: Path, processe
         )
 
 
+def _ask(run: Path, test: str) -> Hits:
+    """Returns what a run's model answers on the held-out videos of a corpus."""
+    import torch
+
+    from training.data.corpora import open_corpora
+    from training.distributed import World
+    from training.evaluation.encode import encode_pairs
+    from training.evaluation.loading import load_model
+    from training.evaluation.retrieval import distinct_texts, retrieval
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    loaded = load_model(run)
+    assert loaded.recipe is not None
+    sources = (SourceConfig(data=test),)
+    data = loaded.recipe.data.model_copy(update={"sources": sources})
+    corpora = open_corpora(loaded.recipe.model_copy(update={"data": data}))
+    task = loaded.task.to(device)
+    pairs = encode_pairs(task, corpora.held_out_loader(), loaded.spec, World(0, 1, device))
+    if pairs is None:
+        raise ConfigError(
+            f"No held-out clip of {test} can be asked",
+            "the recipe's data.held_out is the share of videos that are; its model must read text",
+        )
+    found = retrieval(pairs.video, pairs.text, pairs.caption_id)
+    video_of_clip = corpora.held_out_index.video_hash[pairs.position.numpy()]
+    text_of, _ = distinct_texts(pairs.caption_id)
+    return Hits(
+        found.text_to_video.hits,
+        found.video_to_text.hits,
+        video_of_clip[text_of.numpy()],
+        video_of_clip,
+    )
+
+
 def _print(table: dict[str, dict[str, Estimate]], hits: dict[str, list[Hits]], test: str) -> None:
     """Prints the table and a sentence per comparison."""
     from rich.console import Console
