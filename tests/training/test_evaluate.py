@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch.multiprocessing.spawn import start_processes
 
 from dataengine.networks.config import InternVideo2Stage2Config
@@ -25,10 +26,11 @@ from training.evaluate import main
 from training.evaluation.benchmarks import Folder, label_list
 from training.evaluation.clips import Clip, decode, squares
 from training.evaluation.encode import Reading, evaluate, in_step
-from training.evaluation.loading import load_model
+from training.evaluation.loading import initial_weights, load_model
 from training.evaluation.measure import _training_features
 from training.evaluation.probing import ProbeConfig, frozen_features
 from training.export import export_folder
+from training.models.open_clip_model import OpenClipDualEncoder
 from training.models.task import Task
 
 COLOURS = {
@@ -262,6 +264,24 @@ def test_wise_ft_ends_at_the_two_models(recipe, model, benchmark, tmp_path, run)
         assert f"wise-ft {float(alpha)}" in printed
     _, printed = run(model, *asked, "--wise-ft", 2, "--init", start_model, code=2)
     assert "between 0 and 1" in printed
+
+
+def test_wise_ft_reaches_back_to_a_clip(recipe, model, tmp_path):
+    clip = recipe(model__kind="open_clip", model__quick_gelu=True).model
+    torch.manual_seed(5)
+    export_folder(OpenClipDualEncoder(clip).state_dict(), clip, tmp_path / "clip")
+    loaded = load_model(model)
+    initial = initial_weights(loaded, str(tmp_path / "clip"))
+    own = loaded.task.network.state_dict()
+    assert initial.keys() == own.keys()
+    # A clip's weights are the CLIP's, one for one.
+    file = load_file(tmp_path / "clip" / "open_clip_model.safetensors")
+    for name, theirs in (
+        ("text_encoder.token_embedding.weight", "token_embedding.weight"),
+        ("vision_encoder.proj", "visual.proj"),
+    ):
+        torch.testing.assert_close(initial[name], file[theirs].float())
+        assert not torch.equal(initial[name], own[name])
 
 
 def save_run(recipe, output, seed=0):

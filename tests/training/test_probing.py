@@ -27,6 +27,7 @@ from training.evaluation.probing import (
     measure_probe,
     train_probe,
 )
+from training.models.distil import Student
 from training.models.open_clip_model import OpenClipDualEncoder
 
 CPU = torch.device("cpu")
@@ -139,6 +140,23 @@ def test_internvideo2_tokens_pool_to_its_feature():
         tokens = frozen_features(network, "attentive")(frames(28))
         pooled = frozen_features(network, "linear")(frames(28))
         torch.testing.assert_close(network.clip_projector(tokens), pooled)
+
+
+def test_a_student_sees_all_patches_of_its_own_frames():
+    torch.manual_seed(0)
+    student = Student(
+        VISION, decoder="linear", clip_width=6, clip_embed_dim=5, num_clip_layers=1
+    ).eval()
+    plain = InternVideo2(VISION).eval()
+    plain.load_state_dict(student.state_dict(), strict=False)
+    clip = frames(28, num_frames=4)
+    with torch.no_grad():
+        # Its clips have the second teacher's frames, twice as many as its own.
+        pooled = frozen_features(student, "linear")(clip)
+        tokens = frozen_features(student, "attentive")(clip)
+        expected_tokens, expected = plain(clip[:, ::2])
+    torch.testing.assert_close(pooled, expected)
+    torch.testing.assert_close(tokens, expected_tokens)
 
 
 def test_a_network_of_another_kind_is_refused():
