@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, get_args
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from dataengine import records
 from dataengine.errors import ConfigError, CorpusError, EngineError
@@ -113,9 +113,10 @@ class ClipReader(Dataset[Any]):
             # The usual margin of 256 for crops of 224.
             pixels = math.ceil(pixels * 8 / 7)
         num_frames = 1 if kind == "image" else self._spec.num_frames
-        frames_BTHWC = crop_B5 = fbank_BFM = None
+        room = frames_BTHWC = crop_B5 = fbank_BFM = None
         if kind != "audio":
-            frames_BTHWC = np.zeros((size, num_frames, pixels, pixels, 3), dtype=np.uint8)
+            room = _room((size, num_frames, pixels, pixels, 3))
+            frames_BTHWC = room.numpy()
             if on_device:
                 crop_B5 = np.tile(np.array(_box(WHOLE), dtype=np.float32), (size, 1))
         captions = [""] * size
@@ -158,18 +159,19 @@ class ClipReader(Dataset[Any]):
                 if kind in _HEARD:
                     fbank_FM = _sound(group, row, rng)
                     if fbank_BFM is None:
-                        fbank_BFM = np.zeros((size, *fbank_FM.shape), dtype=np.float32)
+                        fbank_BFM = np.empty((size, *fbank_FM.shape), dtype=np.float32)
                     fbank_BFM[place] = fbank_FM
             except _BROKEN as error:
                 captions[place] = ""
                 skipped[place] = (group.columns["clip_id"][row].as_py(), str(error))
-                if frames_BTHWC is not None:
-                    frames_BTHWC[place] = 0
                 continue
             valid_B[place] = True
+        for array in (frames_BTHWC, fbank_BFM):
+            if array is not None and not valid_B.all():
+                array[~valid_B] = 0
         return Batch(
             kind,
-            None if frames_BTHWC is None else torch.from_numpy(frames_BTHWC),
+            room,
             None if crop_B5 is None else torch.from_numpy(crop_B5),
             None if fbank_BFM is None else torch.from_numpy(fbank_BFM),
             self._tokens(captions, feed.caption),
@@ -255,6 +257,20 @@ class ClipReader(Dataset[Any]):
 
             self._tokenise = build_tokenizer(self._spec)
         return self._tokenise(captions)
+
+
+def _room(shape: tuple[int, ...]) -> torch.Tensor:
+    """Returns uint8 room for frames, with anything in it.
+
+    In a reader process it is memory that the training process sees: nothing is copied to get there.
+    """
+    if get_worker_info() is None:
+        # numpy's, not torch's, comes in huge pages: most of the time goes into first touching them.
+        return torch.from_numpy(np.empty(shape, dtype=np.uint8))
+    size = math.prod(shape)
+    # As torch's own collate function makes it.
+    storage = torch.UntypedStorage._new_shared(size)
+    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (size,), (1,)).view(shape)
 
 
 _HEARD = ("audio", "audio_video")
