@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from dataengine.errors import ConfigError
-from training.evaluation import benchmarks
+from training.evaluation import benchmarks, clips
 from training.evaluation.benchmarks import Folder, paragraphs
 from training.evaluation.clips import (
     Clip,
@@ -79,6 +79,20 @@ def test_decoded_frames_are_those_that_were_chosen(tmp_path, suffix):
     assert [shade(image) for image in images] == pytest.approx([20, 80, 140, 200], abs=6)
 
 
+def test_seeking_and_counting_find_the_same_frames(tmp_path, monkeypatch):
+    path = write_video(tmp_path / "a.mp4", num_frames=40, codec="libx264", step=6)
+    timeline = clips._read_timeline(path)
+    assert len(timeline.key_tick) > 5
+    monkeypatch.setattr(clips, "_pick_by_tick", lambda *_: {})
+    counted = clips._pick(path, timeline, {0, 3, 4, 17, 18, 31, 39})
+    monkeypatch.undo()
+    sought = clips._pick_by_tick(path, timeline.tick, timeline.key_tick, set(counted))
+    assert sought.keys() == counted.keys() == {0, 3, 4, 17, 18, 31, 39}
+    for number, image in counted.items():
+        assert np.array_equal(np.asarray(image), np.asarray(sought[number]))
+        assert shade(image) == pytest.approx(6 * number, abs=6)
+
+
 def test_spans_cut_out_of_a_video(tmp_path):
     path = write_video(tmp_path / "a.mp4", num_frames=12, rate=10)
     (images,) = decode(Clip("a", path, 0.4, 0.8), 4)
@@ -107,8 +121,8 @@ def test_what_cannot_be_read_is_named_and_left_out(tmp_path, num_workers):
     bad.write_bytes(b"no video" * 100)
     cut = tmp_path / "cut.mp4"
     cut.write_bytes(good.read_bytes()[:400])
-    clips = [Clip("gone", None), Clip("bad", bad), Clip("good", good), Clip("cut", cut)]
-    frames = ClipFrames(clips, 2, 16, Views(2, 1))
+    named_clips = [Clip("gone", None), Clip("bad", bad), Clip("good", good), Clip("cut", cut)]
+    frames = ClipFrames(named_clips, 2, 16, Views(2, 1))
     parts = list(read_clips(frames, range(4), batch_size=3, num_workers=num_workers))
     assert [part.positions.tolist() for part in parts] == [[2], []]
     assert parts[0].frames.shape == (1, 2, 2, 16, 16, 3)
@@ -125,9 +139,9 @@ def test_augmented_frames_differ_by_epoch_and_are_repeatable(tmp_path):
         stream.width, stream.height, stream.pix_fmt = 32, 24, "yuv420p"
         container.mux(stream.encode(av.VideoFrame.from_image(image)))
         container.mux(stream.encode())
-    clips = [Clip("a", path)]
+    only = [Clip("a", path)]
     one, again, other = (
-        ClipFrames(clips, 1, 16, Views(), seed)[0][1] for seed in ((0, 1), (0, 1), (0, 2))
+        ClipFrames(only, 1, 16, Views(), seed)[0][1] for seed in ((0, 1), (0, 1), (0, 2))
     )
     assert np.array_equal(one, again)
     assert not np.array_equal(one, other)

@@ -89,7 +89,8 @@ def decode(clip: Clip, num_frames: int, segments: int = 1) -> list[list[Image.Im
     if clip.path is None:
         raise ValueError("no such file")
     try:
-        times = _frame_times(clip.path)
+        timeline = _read_timeline(clip.path)
+        times = timeline.time_s
         start_s = float(times[0]) if len(times) else 0.0
         stop_s = np.inf if clip.end_s is None else start_s + clip.end_s
         inside = np.flatnonzero((times >= start_s + clip.start_s) & (times < stop_s))
@@ -99,7 +100,7 @@ def decode(clip: Clip, num_frames: int, segments: int = 1) -> list[list[Image.Im
             [int(inside[i]) for i in middle_frames(len(inside), num_frames, segment, segments)]
             for segment in range(segments)
         ]
-        images = _pick(clip.path, {number for numbers in wanted for number in numbers})
+        images = _pick(clip.path, timeline, {number for numbers in wanted for number in numbers})
     except (FFmpegError, OSError, IndexError) as error:
         raise ValueError(f"undecodable video: {error}") from error
     lost = [number for numbers in wanted for number in numbers if number not in images]
@@ -108,37 +109,76 @@ def decode(clip: Clip, num_frames: int, segments: int = 1) -> list[list[Image.Im
     return [[images[number] for number in numbers] for numbers in wanted]
 
 
-def _frame_times(path: Path) -> np.ndarray:
-    """Returns the presentation time of every frame in seconds, rising.
+class _Timeline(NamedTuple):
+    """Frames of a file in order of presentation."""
 
-    Read off the packets where they carry it, which decodes nothing; decoded where they do not (AVI).
-    """
+    time_s: np.ndarray
+    """float64 [frames]."""
+    tick: np.ndarray | None
+    """int64 [frames], the same in the stream's own unit; None where packets do not carry it (AVI)."""
+    key_tick: np.ndarray
+    """int64, rising: where decoding can start."""
+
+
+def _read_timeline(path: Path) -> _Timeline:
+    """Reads times off the packets, which decodes nothing; decodes where they do not carry them."""
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         assert stream.time_base is not None
         base = float(stream.time_base)
         packets = [packet for packet in container.demux(stream) if packet.size]
+        keys = [p.pts for p in packets if p.is_keyframe and p.pts is not None]
         # Packets that an edit list hides decode to nothing.
         ticks = [packet.pts for packet in packets if not packet.is_discard]
+    key_tick = np.sort(np.array(keys, dtype=np.int64))
     if ticks and all(tick is not None for tick in ticks):
-        return np.sort(np.array(ticks, dtype=np.float64)) * base
+        tick = np.sort(np.array(ticks, dtype=np.int64))
+        return _Timeline(tick * base, tick, key_tick)
     with av.open(str(path)) as container:
         times = [frame.time for frame in container.decode(video=0)]
     # A container without times: frames are told apart by their number alone.
     if any(time is None for time in times):
-        return np.arange(len(times), dtype=np.float64)
-    return np.array(times, dtype=np.float64)
+        times = list(range(len(times)))
+    return _Timeline(np.array(times, dtype=np.float64), None, key_tick)
 
 
-def _pick(path: Path, numbers: set[int]) -> dict[int, Image.Image]:
-    """Returns the frames of these numbers, counted in order of presentation."""
-    images: dict[int, Image.Image] = {}
+def _pick(path: Path, timeline: _Timeline, numbers: set[int]) -> dict[int, Image.Image]:
+    """Returns the frames of these numbers, as far as they are found."""
+    if timeline.tick is not None:
+        images = _pick_by_tick(path, timeline.tick, timeline.key_tick, numbers)
+        if len(images) == len(numbers):
+            return images
+    # Some containers do not seek as they say: what is counted is always right.
+    images = {}
     with av.open(str(path)) as container:
-        container.streams.video[0].thread_type = "AUTO"
         for number, frame in enumerate(container.decode(video=0)):
             if number in numbers:
                 images[number] = frame.to_image()
                 if len(images) == len(numbers):
+                    break
+    return images
+
+
+def _pick_by_tick(
+    path: Path, tick: np.ndarray, key_tick: np.ndarray, numbers: set[int]
+) -> dict[int, Image.Image]:
+    """Returns frames by their time; what lies between is passed over from key frame to key frame."""
+    images: dict[int, Image.Image] = {}
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        frames, shown = container.decode(stream), None
+        for number in sorted(numbers):
+            wanted = int(tick[number])
+            key = int(key_tick[max(np.searchsorted(key_tick, wanted, side="right") - 1, 0)])
+            if shown is None or key > shown:
+                container.seek(key, stream=stream)
+                frames = container.decode(stream)
+            for frame in frames:
+                shown = frame.pts
+                if shown is None or shown > wanted:
+                    break
+                if shown == wanted:
+                    images[number] = frame.to_image()
                     break
     return images
 
