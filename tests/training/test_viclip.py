@@ -1,8 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
+"""ViCLIP: published shapes, names and numbers; tokens, masks and positions.
+
+Golden numbers are the published modules', run on weights and frames that are drawn here.
+"""
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from dataengine.networks import viclip
 from dataengine.networks.text import END_OF_TEXT, clean_caption, tokenise
 from dataengine.networks.transformer import Attention
 from dataengine.networks.viclip import (
@@ -68,6 +75,63 @@ def test_viclip_b_recipe_is_the_published_size():
         for field in ("width", "layers", "heads"):
             assert own[tower][field] == theirs[tower][field]
     assert own["embed_dim"] == theirs["embed_dim"]
+
+
+def known_weights(module):
+    """Gives a module weights that depend on their names alone; norms are around 1."""
+    drawn = {}
+    for name, value in module.state_dict().items():
+        noise = np.random.default_rng([0, *name.encode()]).standard_normal(value.shape)
+        scale = value.shape[-1] ** -0.5 if value.ndim > 1 else 0.1
+        is_norm = value.ndim == 1 and name.endswith("weight")
+        drawn[name] = torch.from_numpy(
+            np.asarray(noise.astype(np.float32) * scale + is_norm)
+        ).float()
+    drawn["temp"] = torch.tensor(0.05)
+    module.load_state_dict(drawn)
+    return module
+
+
+_WHOLE = {
+    "video": [-0.056849, -0.052206, -0.065198, 0.337888], "loss": 4.178292, "temp": 78.576767,
+    "vision_encoder.conv1.weight": 8.321501,
+    "vision_encoder.temporal_positional_embedding": 0.19382,
+    "vision_encoder.transformer.resblocks.0.mlp.c_fc.weight": 6.293728,
+    "text_encoder.transformer.resblocks.0.attn.in_proj_weight": 8.747292,
+    "text_encoder.text_projection": 8.721158,
+}  # fmt: skip
+_MASKED = {
+    "video": [0.01497, -0.210878, -0.216791, 0.462401], "loss": 5.524821, "temp": 105.695381,
+    "vision_encoder.conv1.weight": 8.111441,
+    "vision_encoder.temporal_positional_embedding": 0.185243,
+    "vision_encoder.transformer.resblocks.0.mlp.c_fc.weight": 6.709171,
+    "text_encoder.transformer.resblocks.0.attn.in_proj_weight": 12.230998,
+    "text_encoder.text_projection": 9.939699,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("mask_ratio", "golden"), [(0.0, _WHOLE), (0.625, _MASKED)])
+def test_published_numbers_and_gradients(recipe, monkeypatch, mask_ratio, golden):
+    kept = torch.tensor([[0, 3, 5], [1, 2, 7], [4, 5, 6]])
+    monkeypatch.setattr(viclip, "random_kept", lambda *_: kept)
+    model = known_weights(ViCLIP(recipe(model__video__mask_ratio=mask_ratio).model)).train()
+    drawn = np.random.default_rng(1).standard_normal((3, 2, 3, 32, 32)).astype(np.float32)
+    tokens = torch.zeros(3, 16, dtype=torch.long)
+    for row, length in enumerate((4, 9, 16)):
+        tokens[row, :length] = torch.arange(length) * 37 + 11 * (row + 1)
+        tokens[row, length - 1] = END_OF_TEXT
+    video, text, temperature = model(torch.from_numpy(drawn), tokens)
+    logits, targets = video @ text.T / temperature, torch.arange(3)
+    cross_entropy = torch.nn.functional.cross_entropy
+    loss = (cross_entropy(logits, targets) + cross_entropy(logits.T, targets)) / 2
+    loss.backward()
+    assert video[0, :4].tolist() == pytest.approx(golden["video"], abs=2e-6)
+    assert text[0, :4].tolist() == pytest.approx([0.271896, 0.265506, 0.194562, 0.035538], abs=2e-6)
+    assert loss.item() == pytest.approx(golden["loss"], rel=1e-5)
+    for name, parameter in model.named_parameters():
+        if name in golden:
+            assert parameter.grad is not None
+            assert parameter.grad.norm().item() == pytest.approx(golden[name], rel=2e-5), name
 
 
 @pytest.mark.parametrize("causal", [False, True])
