@@ -5,6 +5,7 @@
 
 import copy
 import json
+import shutil
 import sys
 from types import ModuleType
 
@@ -32,10 +33,16 @@ from dataengine.needs import Package, Weights
 from dataengine.networks.config import (
     IMAGENET_MEAN,
     IMAGENET_STD,
+    BertConfig,
+    InternVideo2ClipConfig,
     InternVideo2Config,
+    InternVideo2Stage2Config,
+    MobileClipTextConfig,
     ViCLIPConfig,
 )
-from dataengine.networks.internvideo2 import InternVideo2
+from dataengine.networks.internvideo2 import LayerScale
+from dataengine.networks.internvideo2_clip import InternVideo2Clip
+from dataengine.networks.internvideo2_stage2 import InternVideo2Stage2, published_stage2
 from dataengine.networks.text import clean_caption, tokenise
 from dataengine.prefetch import Found, Missing, find
 from dataengine.records import CLIP_SCHEMA, DROP_STRUCT
@@ -431,42 +438,15 @@ def test_needs_name_the_weights(weights, tmp_path):
 # --------------------------------------------------------------------------------- InternVideo2
 
 
-@pytest.fixture(scope="module")
-def internvideo2(tmp_path_factory):
-    """A stage-2 checkpoint of one layer each that knows the known pairs, and its settings."""
-    from transformers import BertConfig, BertModel, BertTokenizer
+VISION = InternVideo2Config(
+    image_size=28, num_frames=2, width=64, layers=1, heads=4, mlp_width=96, pool_heads=4,
+    embed_dim=32,
+)  # fmt: skip
+TEXTS = [pair.text for pair in KNOWN_PAIRS]
 
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    root = tmp_path_factory.mktemp("internvideo2")
-    texts = [pair.text for pair in KNOWN_PAIRS]
-    words = sorted({word for text in texts for word in clean_caption(text).split()})
-    tokenizer = BertTokenizer(
-        vocab={
-            word: i
-            for i, word in enumerate(
-                ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", *words]
-            )
-        }
-    )  # fmt: skip
-    tokenizer.save_pretrained(root / "tokenizer")
-    shape = InternVideo2Config(
-        image_size=28, num_frames=2, width=64, layers=1, heads=4, mlp_width=96, pool_heads=4,
-        embed_dim=32,
-    )  # fmt: skip
-    text_config = BertConfig(
-        vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=1, num_attention_heads=1,
-        intermediate_size=96, max_position_embeddings=16, hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
-    parts = torch.nn.ModuleDict(
-        {
-            "vision": InternVideo2(shape),
-            "text": BertModel(text_config, add_pooling_layer=False),
-            "vision_proj": torch.nn.Linear(32, 16),
-            "text_proj": torch.nn.Linear(64, 16),
-        }
-    )
+
+def fitted(network, tokens):
+    """Teaches a network of `VISION` the known pairs."""
     pictures = [
         np.asarray(Image.fromarray(pair.draw()).resize((28, 28), Image.Resampling.BICUBIC))
         for pair in KNOWN_PAIRS
@@ -474,31 +454,54 @@ def internvideo2(tmp_path_factory):
     pixels = (np.stack(pictures) / 255 - IMAGENET_MEAN) / IMAGENET_STD
     frames = torch.tensor(pixels, dtype=torch.float32).permute(0, 3, 1, 2)
     clips = frames[:, None].expand(-1, 2, -1, -1, -1)
-    tokens = tokenizer(texts, padding="max_length", max_length=16, return_tensors="pt")
+    # Its own first weights are so small that six texts look alike.
+    torch.manual_seed(0)
+    for module in network.modules():
+        if isinstance(module, torch.nn.Linear):
+            torch.nn.init.normal_(module.weight, std=module.in_features**-0.5)
+        elif isinstance(module, torch.nn.Embedding):
+            torch.nn.init.normal_(module.weight, std=0.1)
+        elif isinstance(module, LayerScale):
+            torch.nn.init.constant_(module.gamma, 0.1)
+    fit(network, lambda: network.encode_video(clips), lambda: network.encode_text(tokens), 2e-4)
+    return network
 
-    def normal(features):
-        return torch.nn.functional.normalize(features, dim=-1)
 
-    fit(
-        parts,
-        lambda: normal(parts["vision_proj"](parts["vision"](clips)[1])),
-        lambda: normal(
-            parts["text_proj"](
-                parts["text"](
-                    input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
-                ).last_hidden_state[:, 0]
-            )
-        ),
-    )
-    names = {"vision": "vision_encoder", "text": "text_encoder.bert"}
-    state = {}
-    for name, part in parts.items():
-        state |= {f"{names.get(name, name)}.{key}": v for key, v in part.state_dict().items()}
+@pytest.fixture(scope="module")
+def stage2(tmp_path_factory):
+    """InternVideo2's second stage, which knows the known pairs: its shape and its network."""
+    from transformers import BertTokenizer
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("tokenizer")
+    words = sorted({word for text in TEXTS for word in clean_caption(text).split()})
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "."]
+    tokenizer = BertTokenizer(vocab={word: i for i, word in enumerate([*special, *words])})
+    tokenizer.save_pretrained(folder)
+    text = BertConfig(
+        vocab_size=len(tokenizer), width=64, layers=2, fusion_layer=1, heads=1, mlp_width=96,
+        max_positions=16, dropout=0.0, mask_id=4,
+    )  # fmt: skip
+    config = InternVideo2Stage2Config(
+        kind="internvideo2_stage2", vision=VISION, text=text, tokenizer=str(folder),
+        context_length=16, embed_dim=16,
+    )  # fmt: skip
+    tokens = tokenizer(TEXTS, padding="max_length", max_length=16, return_tensors="pt")
+    return config, fitted(InternVideo2Stage2(config), tokens["input_ids"])
+
+
+@pytest.fixture(scope="module")
+def internvideo2(stage2, tmp_path_factory):
+    """The same as a published file: its weights, and the scorer's settings."""
+    config, network = stage2
+    root = tmp_path_factory.mktemp("internvideo2")
+    state = published_stage2(network.state_dict(), config)
     torch.save(
         {"module": {f"module.{name}": value for name, value in state.items()}}, root / "s.pt"
     )
     settings = {
-        "weights": str(root / "s.pt"), "tokenizer": str(root / "tokenizer"), "num_frames": 2,
+        "weights": str(root / "s.pt"), "tokenizer": config.tokenizer, "num_frames": 2,
         "heads": 4, "pool_heads": 4, "max_tokens": 16,
     }  # fmt: skip
     return state, settings
@@ -511,23 +514,64 @@ def internvideo2_stage(settings):
     return stage
 
 
-def test_internvideo2_reaches_the_shard(internvideo2, tmp_path):
-    """Clips of the known pictures fit their own texts, whatever else is in the batch."""
-    stage = internvideo2_stage(internvideo2[1])
+def known_rows():
+    """Two clips of each known picture: with its own text, and with another one's."""
     rows = []
     for number, pair in enumerate(KNOWN_PAIRS):
         row = clip(number, 5, pair.text)
         rows.append(row | {"frames": [jpeg_encode(pair.draw())] * 5})
         wrong = KNOWN_PAIRS[(number + 1) % len(KNOWN_PAIRS)].text
         rows.append(clip(100 + number, 5, wrong) | {"frames": rows[-1]["frames"]})
-    read = through_a_shard(tmp_path / "corpus", stage, [*rows, clip(200, 3, None)])
-    assert read.pop() == (None, [])
+    return rows
+
+
+def assert_known(read, model):
+    """Own texts fit better than others', and the shard says who found so."""
     scores = [score for score, _ in read]
     assert min(np.subtract(scores[::2], scores[1::2])) > 0.1
     for _, (entry,) in read:
-        assert (entry["model"], entry["note"]) == ("internvideo2:s", None)
+        assert (entry["model"], entry["note"]) == (model, None)
+
+
+def test_internvideo2_reaches_the_shard(internvideo2, tmp_path):
+    """Clips of the known pictures fit their own texts, whatever else is in the batch."""
+    stage, rows = internvideo2_stage(internvideo2[1]), known_rows()
+    read = through_a_shard(tmp_path / "corpus", stage, [*rows, clip(200, 3, None)])
+    assert read.pop() == (None, [])
+    assert_known(read, "internvideo2:s")
     alone = [stage.process([row])[0].rows[0]["video_text_score"] for row in rows]
-    assert alone == pytest.approx(scores, abs=0.02 if torch.cuda.is_available() else 1e-5)
+    tolerance = 0.02 if torch.cuda.is_available() else 1e-5
+    assert alone == pytest.approx([score for score, _ in read], abs=tolerance)
+
+
+def test_a_trained_second_stage_scores_as_the_published_file(stage2, internvideo2, tmp_path):
+    config, network = stage2
+    moved = config.model_copy(update={"tokenizer": str(tmp_path / "tokenizer")})
+    shutil.copytree(config.tokenizer, tmp_path / "tokenizer")
+    about = {"clean_captions": False}
+    export.export_folder(network.state_dict(), moved, tmp_path / "run" / "model", about=about)
+    shutil.rmtree(tmp_path / "tokenizer")  # the folder has its own
+    rows = known_rows()
+    stage = stage_of(tmp_path / "run", TrainedScorerConfig)
+    read = through_a_shard(tmp_path / "corpus", stage, rows)
+    assert_known(read, "internvideo2_stage2:run")
+    published = internvideo2_stage(internvideo2[1]).process(rows)
+    expected = [outcome.rows[0]["video_text_score"] for outcome in published]
+    assert [score for score, _ in read] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_trained_internvideo2_clip_scores(tmp_path):
+    torch.manual_seed(0)
+    text = MobileClipTextConfig(context_length=20, width=32, layers=1, heads=2, mlp_width=64)
+    config = InternVideo2ClipConfig(
+        kind="internvideo2_clip", vision=VISION, text=text, embed_dim=16, train="all",
+        train_text=True,
+    )  # fmt: skip
+    network = fitted(InternVideo2Clip(config), tokenise([clean_caption(t) for t in TEXTS], 20))
+    export.export_folder(network.state_dict(), config, tmp_path / "mine")
+    stage = stage_of(tmp_path / "mine", TrainedScorerConfig)
+    read = through_a_shard(tmp_path / "corpus", stage, known_rows())
+    assert_known(read, "internvideo2_clip:mine")
 
 
 @pytest.mark.parametrize("part", ["vision_proj.weight", "text_proj.weight"])

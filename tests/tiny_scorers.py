@@ -32,13 +32,13 @@ VICLIP_CONFIG = {
 }  # fmt: skip
 
 
-def fit(model, embed_images, embed_texts):
+def fit(model, embed_images, embed_texts, lr=2e-3):
     """Trains a model until every known picture is far closer to its own text than to the others."""
     import torch
     import torch.nn.functional as F
 
     torch.set_num_threads(1)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     right = torch.arange(len(KNOWN_PAIRS))
     for _ in range(300):
         cosines = embed_images() @ embed_texts().T

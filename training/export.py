@@ -22,7 +22,6 @@ import yaml
 from dataengine.errors import ConfigError, DependencyError, EngineError
 from dataengine.networks.config import NetworkConfig
 from training.config import (
-    RECIPES_DIR,
     DistilConfig,
     ModelConfig,
     OpenClipConfig,
@@ -321,12 +320,12 @@ def _write_tokenizer(config: ModelConfig, folder: Path) -> None:
     wanted = inputs_of(config)
     if wanted.tokenizer not in {"bert", "llama"}:
         return
-    beside_recipes = RECIPES_DIR / wanted.tokenizer_name
-    name = str(beside_recipes) if beside_recipes.is_dir() else wanted.tokenizer_name
+    name = wanted.tokenizer_name
     try:
-        from transformers import AutoTokenizer
+        from transformers import BertTokenizer, LlamaTokenizer
 
-        AutoTokenizer.from_pretrained(name).save_pretrained(folder)
+        kind = BertTokenizer if wanted.tokenizer == "bert" else LlamaTokenizer
+        kind.from_pretrained(name).save_pretrained(folder)
     except Exception as error:  # transformers and the hub raise all kinds
         raise DependencyError(
             f"The tokenizer {name!r} cannot be loaded: {' '.join(str(error).split())[:300]}",

@@ -11,8 +11,10 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from dataengine.errors import ConfigError, DependencyError, EngineError
+from dataengine.models.video_text import TrainedScorerConfig, build_video_text
 from dataengine.networks.config import (
     InternVideo2ClipConfig,
     InternVideo2Config,
@@ -22,9 +24,16 @@ from dataengine.networks.config import (
 )
 from dataengine.networks.folder import build_network, load_folder, read_folder
 from dataengine.networks.internvideo2 import InternVideo2
-from dataengine.networks.text import tokenise
+from dataengine.networks.text import clean_caption, tokenise
 from training import checkpoint, export
-from training.config import RECIPES_DIR, OpenClipConfig, config_from_dict, load_recipe
+from training.config import (
+    RECIPES_DIR,
+    OpenClipConfig,
+    config_from_dict,
+    inputs_of,
+    load_recipe,
+)
+from training.data.text import build_tokenizer
 from training.data.transforms import WHOLE, normalise, square_images
 from training.models import build_task
 from training.models.open_clip_model import OpenClipDualEncoder
@@ -57,12 +66,16 @@ def shapes() -> dict[str, Any]:
 SHAPES = shapes()
 
 
-def network_of(config):
+def load(folder) -> tuple[Any, Any]:
+    return load_folder(folder)
+
+
+def network_of(config) -> Any:
     torch.manual_seed(0)
     return build_network(config).eval()
 
 
-def encoded(network, config):
+def encoded(network, config) -> tuple[torch.Tensor, ...]:
     """Features of one clip and one text, and the temperature."""
     vision = getattr(config, "video", None) or config.vision
     torch.manual_seed(1)
@@ -97,7 +110,7 @@ def test_every_kind_comes_back_bit_by_bit(kind, tmp_path):
     num_bytes = export.export_folder(network.state_dict(), config, tmp_path / "m", about=about)
     assert num_bytes == sum(len(content) for content in files_of(tmp_path / "m").values())
 
-    loaded, shape = load_folder(tmp_path / "m")
+    loaded, shape = load(tmp_path / "m")
     assert shape == config
     assert not loaded.training
     for own, theirs in zip(encoded(network, config), encoded(loaded, config), strict=True):
@@ -119,9 +132,9 @@ def test_names_in_a_folder_are_the_published_ones(tmp_path):
 
 def test_of_a_distilled_model_the_vision_encoder_is_exported(tmp_path):
     recipe = load_recipe("internvideo2_s1_tiny")
-    student = build_task(recipe).network.eval()
+    student: Any = build_task(recipe).network.eval()
     export.export_folder(student.state_dict(), recipe.model, tmp_path / "m")
-    loaded, config = load_folder(tmp_path / "m")
+    loaded, config = load(tmp_path / "m")
     assert type(loaded) is InternVideo2
     assert config == student.config
     assert not any("decoder" in name for name in loaded.state_dict())
@@ -140,13 +153,13 @@ def test_large_models_are_stored_in_several_files(tmp_path, monkeypatch):
     names = set(files_of(tmp_path / "m"))
     assert "model.safetensors.index.json" in names
     assert len([name for name in names if name.endswith(".safetensors")]) > 3
-    loaded, _ = load_folder(tmp_path / "m")
+    loaded, _ = load(tmp_path / "m")
     for own, theirs in zip(encoded(network, config), encoded(loaded, config), strict=True):
         assert torch.equal(own, theirs)
     lost = next(name for name in sorted(names) if name.endswith(".safetensors"))
     (tmp_path / "m" / lost).unlink()
     with pytest.raises(DependencyError, match=f"names {lost}, which is not there"):
-        load_folder(tmp_path / "m")
+        load(tmp_path / "m")
 
 
 def test_half_keeps_three_digits(tmp_path):
@@ -155,7 +168,7 @@ def test_half_keeps_three_digits(tmp_path):
     whole = export.export_folder(network.state_dict(), config, tmp_path / "whole")
     half = export.export_folder(network.state_dict(), config, tmp_path / "half", half=True)
     assert half < 0.51 * whole
-    loaded, _ = load_folder(tmp_path / "half")
+    loaded, _ = load(tmp_path / "half")
     for name, weight in network.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], weight.half().float())
 
@@ -247,7 +260,7 @@ def name_a_file_elsewhere(folder):
 def test_folders_that_are_not_whole_are_refused_by_name(damage, said, viclip):
     damage(viclip[2])
     with pytest.raises(DependencyError, match=said) as caught:
-        load_folder(viclip[2])
+        load(viclip[2])
     assert caught.value.hint
 
 
@@ -256,20 +269,58 @@ def test_second_stages_that_are_not_whole_are_refused_by_name(tmp_path):
     export.export_folder(network_of(config).state_dict(), config, tmp_path / "m")
     change_weights(text_proj__bias=None)(tmp_path / "m")
     with pytest.raises(DependencyError, match=r"text_proj\.bias is missing"):
-        load_folder(tmp_path / "m")
+        load(tmp_path / "m")
     change_weights(text_proj__bias=torch.zeros(128), spare=torch.zeros(1))(tmp_path / "m")
     with pytest.raises(DependencyError, match="spare is not known"):
-        load_folder(tmp_path / "m")
+        load(tmp_path / "m")
 
 
 def test_a_run_s_folder_stands_for_its_model(viclip, tmp_path):
     network, _, folder = viclip
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     with pytest.raises(DependencyError, match="checkpoints of training") as caught:
-        load_folder(tmp_path / "run")
+        load(tmp_path / "run")
     assert f"python -m training.export {tmp_path / 'run'} FOLDER" in caught.value.hint
     folder.rename(tmp_path / "run" / "model")
-    assert torch.equal(load_folder(tmp_path / "run")[0].temp, network.temp)
+    assert torch.equal(load(tmp_path / "run")[0].temp, network.temp)
+
+
+# ----------------------------------------------------------------------------- what reads the texts
+
+
+@pytest.mark.parametrize("clean", [True, False])
+@pytest.mark.parametrize("kind", ["viclip", "internvideo2_stage2", "internvideo2_clip with LLaMA"])
+def test_annotation_reads_texts_as_training_did(kind, clean, llama, tmp_path):
+    config = SHAPES[kind]
+    if kind.endswith("LLaMA"):
+        text = LLAMA.model_copy(update={"tokenizer": llama})
+        config = config.model_copy(update={"text": text})
+    folder = tmp_path / "m"
+    about = {"clean_captions": clean}
+    export.export_folder(network_of(config).state_dict(), config, folder, about=about)
+    scorer: Any = build_video_text(TrainedScorerConfig(weights=str(folder)))
+    captions = ["A red Square, moving!", "a", "", "red squares " * 40]
+    theirs = scorer._read_texts(captions)
+    own = build_tokenizer(inputs_of(config))(
+        [clean_caption(caption) if clean else caption for caption in captions]
+    )
+    assert theirs.dtype == torch.int64
+    assert torch.equal(theirs, own)
+
+
+@pytest.fixture
+def llama(tmp_path):
+    """A byte-pair tokenizer with LLaMA's special tokens."""
+    pieces = ["<unk>", "<s>", "</s>", "▁", *"suma rized:", "▁r", "ed", "▁red"]
+    ids = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
+    merges = [("▁", "r"), ("e", "d"), ("▁r", "ed")]
+    tokenizer = Tokenizer(models.BPE(ids, merges, unk_token="<unk>", fuse_unk=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="first", split=False)
+    tokenizer.decoder = decoders.Metaspace("▁")
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    (tmp_path / "llama").mkdir()
+    tokenizer.save(str(tmp_path / "llama" / "tokenizer.json"))
+    return str(tmp_path / "llama")
 
 
 # ---------------------------------------------------------------------------------------- open_clip
@@ -281,7 +332,7 @@ def clip(request):
     assert isinstance(config, OpenClipConfig)
     config = config.model_copy(update={"quick_gelu": request.param, "pixel_std": (0.2, 0.3, 0.4)})
     torch.manual_seed(0)
-    model = OpenClipDualEncoder(config).eval()
+    model: Any = OpenClipDualEncoder(config).eval()
     with torch.no_grad():  # far enough from its first weights for the activation to matter
         for block in model.clip.visual.transformer.resblocks:
             block.mlp.c_fc.weight *= 20
@@ -297,8 +348,8 @@ def test_open_clip_loads_the_export_and_computes_the_same(clip, tmp_path):
     num_bytes = export.export_folder(model.state_dict(), config, folder, half=True)
     assert num_bytes < 8_000_000  # small enough to ship
     export.export_folder(model.state_dict(), config, folder)
-    loaded: Any
-    loaded, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{folder}")  # pyright: ignore[reportAssignmentType]  its return type is a union over its options
+    created: Any = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
+    loaded, preprocess = created
     image = Image.effect_noise((160, 90), 80).convert("RGB")
     frame = torch.from_numpy(square_images([image], config.video.image_size, WHOLE))
     own_input = normalise(frame[None], config.pixel_mean, config.pixel_std)
@@ -329,7 +380,7 @@ def test_the_score_stage_takes_the_export(clip, tmp_path):
     assert text == pytest.approx(own.numpy(), abs=5e-3)
     # The stage of whole clips says who takes it.
     with pytest.raises(DependencyError, match="an open_clip model") as caught:
-        load_folder(tmp_path / "m")
+        load(tmp_path / "m")
     assert f"local-dir:{tmp_path / 'm'}" in caught.value.hint
 
 
@@ -393,7 +444,7 @@ def test_a_folder_for_the_hub_says_how_it_is_loaded(kind, tmp_path):
     assert (described["model_type"], described["dtype"]) == (kind, "float16")
     assert described["architectures"] == [type(network).__name__]
 
-    loaded, shape = load_folder(folder)
+    loaded, shape = load(folder)
     assert shape == config
     assert torch.equal(loaded.temp, network.temp.half().float())
     vision = getattr(config, "video", None) or config.vision
@@ -417,7 +468,7 @@ def test_without_its_tokenizer_a_model_does_not_go_to_the_hub(tmp_path, caplog):
     assert not (tmp_path / "hub").exists()
     export.export_folder(state, config, tmp_path / "m")
     assert "the exported folder goes without it" in caplog.text
-    load_folder(tmp_path / "m")
+    load(tmp_path / "m")
 
 
 # --------------------------------------------------------------------------------------- the command
@@ -438,7 +489,7 @@ def test_command_exports_a_run_and_a_checkpoint(recipe, tmp_path, capsys):
     for source, name in ((tmp_path / "run", "a"), (step, "b")):
         assert export.main([str(source), str(tmp_path / name)]) == 0
         assert "score_video_text takes it" in capsys.readouterr().out
-        loaded, _ = load_folder(tmp_path / name)
+        loaded, _ = load(tmp_path / name)
         for key, weight in network.state_dict().items():
             assert torch.equal(weight, loaded.state_dict()[key])
     about = read_folder(tmp_path / "a").about
@@ -455,7 +506,7 @@ def test_command_exports_the_average_where_there_is_one(recipe, tmp_path):
     average = {"ema.network.temp": torch.tensor(0.25)}
     write_checkpoint(tmp_path / "run", config, network.state_dict(), **average)
     assert export.main([str(tmp_path / "run"), str(tmp_path / "m")]) == 0
-    assert torch.equal(load_folder(tmp_path / "m")[0].state_dict()["temp"], torch.tensor(0.25))
+    assert torch.equal(load(tmp_path / "m")[0].state_dict()["temp"], torch.tensor(0.25))
 
 
 def test_command_exports_a_student_without_its_teachers(tmp_path):
@@ -467,7 +518,7 @@ def test_command_exports_a_student_without_its_teachers(tmp_path):
     config = config_from_dict(document, "a test")
     write_checkpoint(tmp_path / "run", config, student.state_dict())
     assert export.main([str(tmp_path / "run"), str(tmp_path / "m")]) == 0
-    loaded, _ = load_folder(tmp_path / "m")
+    loaded, _ = load(tmp_path / "m")
     assert torch.equal(loaded.state_dict()["pos_embed"], student.state_dict()["pos_embed"])
 
 
