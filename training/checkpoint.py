@@ -32,7 +32,7 @@ from training.config import TrainConfig, config_from_dict
 logger = logging.getLogger(__name__)
 
 # A single process is what is meant.
-warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+warnings.filterwarnings("ignore", "torch.distributed is disabled")
 
 FORMAT_VERSION = 2
 _META = "meta.json"
@@ -109,9 +109,12 @@ class Writer:
             return
         try:
             running.result()
-        except Exception as error:
-            problem = " ".join(str(error).split())[:300]
+        except dcp.CheckpointException as error:  # no Exception to torch
+            failures = [failure[0] for failure in error.failures.values()]
+            problem = "; ".join(" ".join(str(failure).split())[:200] for failure in failures)
             raise CheckpointError(f"A checkpoint could not be written: {problem}") from error
+        except (OSError, RuntimeError) as error:
+            raise CheckpointError(f"A checkpoint could not be written: {error}") from error
 
     def close(self) -> None:
         """Waits, and gives back what copies took; a failure is told, not raised."""

@@ -1,25 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 import logging
+import threading
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from training import checkpoint
 from training.checkpoint import CheckpointError
 
 
+def tensors_of(model, step):
+    weights = {f"model.network.{name}": tensor for name, tensor in model.state_dict().items()}
+    return weights | {"random.0.cpu": torch.arange(step)}
+
+
 @pytest.fixture
 def save(tmp_path, recipe):
     def write(step, keep=3, model=None):
-        return checkpoint.save(
-            tmp_path,
-            step=step,
-            model=model or nn.Linear(3, 2),
-            state={"loader": {"step": step}, "random": [torch.arange(step)]},
-            config=recipe(),
-            keep=keep,
-        )
+        writer = checkpoint.Writer(tmp_path, keep)
+        about = {"config": recipe().model_dump(mode="json"), "loader": {"step": step}}
+        writer.save(step, tensors_of(model or nn.Linear(3, 2), step), about)
+        writer.wait()
+        writer.close()
+        return checkpoint.locate(tmp_path)
 
     return write
 
@@ -30,9 +35,58 @@ def test_what_was_saved_is_loaded(save, recipe):
     other = nn.Linear(3, 2)
     checkpoint.load_weights(folder, other)
     assert torch.equal(other.weight, model.weight)
-    assert torch.equal(checkpoint.load_state(folder)["random"][0], torch.arange(5))
+    wanted = tensors_of(nn.Linear(3, 2), 5)
+    wanted["random.0.cpu"].zero_()
+    checkpoint.load(folder, wanted)
+    assert torch.equal(wanted["random.0.cpu"], torch.arange(5))
+    assert torch.equal(wanted["model.network.bias"], model.bias)
     assert checkpoint.read_config(folder) == recipe()
-    assert checkpoint.read_meta(folder)["step"] == 5
+    meta = checkpoint.read_meta(folder)
+    assert (meta["step"], meta["loader"]) == (5, {"step": 5})
+
+
+def test_average_takes_the_place_of_weights(tmp_path, recipe):
+    model, average = nn.Linear(3, 2), nn.Linear(3, 2)
+    tensors = tensors_of(model, 1) | {"ema.network.weight": average.weight.detach()}
+    writer = checkpoint.Writer(tmp_path, 1)
+    writer.save(1, tensors, {"config": {}})
+    writer.close()
+    loaded = nn.Linear(3, 2)
+    checkpoint.load_weights(checkpoint.locate(tmp_path), loaded)
+    assert torch.equal(loaded.weight, average.weight)
+    assert torch.equal(loaded.bias, model.bias)  # did not train, and has no average
+
+
+def test_run_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    may_write, writes = threading.Event(), []
+    write_data = dcp.FileSystemWriter.write_data
+
+    def slow(self, *args, **kwargs):
+        writes.append(self)
+        assert may_write.wait(60)
+        return write_data(self, *args, **kwargs)
+
+    monkeypatch.setattr(dcp.FileSystemWriter, "write_data", slow)
+    weight = torch.ones(3)
+    writer = checkpoint.Writer(tmp_path, 2)
+    writer.save(1, {"model.network.weight": weight}, {"config": {}})
+    weight += 1  # the next step, while the first save is held up
+    assert checkpoint.newest(tmp_path) is None
+
+    second = threading.Thread(
+        target=writer.save, args=(2, {"model.network.weight": weight}, {"config": {}})
+    )
+    second.start()
+    second.join(0.3)
+    assert second.is_alive()  # waits for the first
+    assert len(writes) <= 1
+    may_write.set()
+    second.join()
+    writer.close()
+    for step, value in ((1, 1.0), (2, 2.0)):
+        read = {"model.network.weight": torch.zeros(3)}
+        checkpoint.load(tmp_path / "checkpoints" / f"step_{step:08d}", read)
+        assert read["model.network.weight"].tolist() == [value] * 3
 
 
 def test_only_the_newest_are_kept(save, tmp_path):
@@ -42,7 +96,7 @@ def test_only_the_newest_are_kept(save, tmp_path):
     assert kept == ["step_00000100", "step_00001000"]
 
 
-@pytest.mark.parametrize("damaged", ["model.safetensors", "state.pt", "meta.json"])
+@pytest.mark.parametrize("damaged", ["__0_0.distcp", ".metadata", "meta.json"])
 @pytest.mark.parametrize("how", ["cut", "gone"])
 def test_damaged_checkpoint_is_passed_over_aloud(save, tmp_path, caplog, damaged, how):
     good, bad = save(1), save(2)
@@ -55,25 +109,33 @@ def test_damaged_checkpoint_is_passed_over_aloud(save, tmp_path, caplog, damaged
     assert "step_00000002" in caplog.text
 
 
-def test_writer_killed_half_way_leaves_no_checkpoint(save, tmp_path, monkeypatch):
+def test_failed_write_is_told_and_leaves_no_checkpoint(save, tmp_path, monkeypatch):
     first = save(1)
 
-    def killed(*args, **kwargs):
-        raise KeyboardInterrupt
+    def full(*args, **kwargs):
+        raise OSError("no space left on device")
 
-    monkeypatch.setattr(torch, "save", killed)
-    with pytest.raises(KeyboardInterrupt):
-        save(2)
+    monkeypatch.setattr(dcp.FileSystemWriter, "write_data", full)
+    writer = checkpoint.Writer(tmp_path, 2)
+    writer.save(2, tensors_of(nn.Linear(3, 2), 2), {"config": {}})
+    with pytest.raises(CheckpointError, match="could not be written.*no space left"):
+        writer.wait()
+    writer.close()
     monkeypatch.undo()
     assert checkpoint.newest(tmp_path) == first
     # What it left does not stand in the way of the next attempt.
-    assert save(2) == checkpoint.newest(tmp_path)
+    assert save(2).name == "step_00000002"
     assert not list((tmp_path / "checkpoints").glob(".*"))
 
 
 def test_weights_of_another_model_are_refused(save):
-    with pytest.raises(CheckpointError, match="does not fit the model"):
-        checkpoint.load_weights(save(1), nn.Linear(4, 2))
+    folder = save(1)
+    with pytest.raises(CheckpointError, match=r"of another shape model.network.weight \[2, 3\]"):
+        checkpoint.load_weights(folder, nn.Linear(4, 2))
+    with pytest.raises(CheckpointError, match="left over model.network.bias"):
+        checkpoint.load_weights(folder, nn.Linear(3, 2, bias=False))
+    with pytest.raises(CheckpointError, match="missing model.network.0.bias"):
+        checkpoint.load_weights(folder, nn.Sequential(nn.Linear(3, 2)))
 
 
 def test_no_checkpoint_is_a_clear_error(tmp_path):

@@ -4,7 +4,7 @@
 import logging
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -30,7 +30,7 @@ from training.audio_caption.data import (
     split_sounds,
     steps_per_epoch,
 )
-from training.optim import build_optimizer, learning_rate
+from training.optim import build_optimizer, learning_rate, optimizer_state
 
 logger = logging.getLogger(__name__)
 
@@ -139,12 +139,11 @@ class AudioCaptionTrainer:
         changed = [name for name in recipe if before.get(name) != recipe[name]]
         if set(changed) - {"run", *moved}:
             logger.warning("the recipe differs from the checkpoint's in %s", ", ".join(changed))
-        checkpoint.load_weights(folder, self._qformer)
-        state = checkpoint.load_state(folder)
-        self._optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["random"]["cpu"])
-        if self._device == "cuda" and "cuda" in state["random"]:
-            torch.cuda.set_rng_state(state["random"]["cuda"])
+        tensors = self._tensors()
+        checkpoint.load(folder, tensors)
+        torch.set_rng_state(tensors["random.0.cpu"])
+        if "random.0.cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["random.0.cuda"])
         self.step = meta["step"]
         logger.info("going on from step %d", self.step)
 
@@ -229,32 +228,24 @@ class AudioCaptionTrainer:
         return float(loss.detach())
 
     def _save(self) -> None:
-        checkpoint.save(
-            self._output,
-            step=self.step,
-            model=self._qformer,
-            state={"optimizer": self._optimizer.state_dict(), "random": self._random()},
-            config=cast(Any, _Resolved(self._config, self._file)),
-            keep=self._config.run.keep_checkpoints,
-        )
+        file = self._file.model_dump(mode="json")
+        config = {"recipe": self._config.model_dump(mode="json"), "captioner": file}
+        writer = checkpoint.Writer(self._output, self._config.run.keep_checkpoints)
+        try:
+            writer.save(self.step, self._tensors(), {"config": config})
+            writer.wait()
+        finally:
+            writer.close()
 
-    def _random(self) -> dict[str, torch.Tensor]:
-        """Returns the states of the generators that dropout draws from."""
-        states = {"cpu": torch.get_rng_state()}
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """Returns weights, optimizer state, and the states of the generators of dropout."""
+        tensors = {f"model.network.{n}": t for n, t in self._qformer.state_dict().items()}
+        state = optimizer_state(self._optimizer, self._qformer)
+        tensors |= {f"optim.network.{name}": tensor for name, tensor in state.items()}
+        tensors["random.0.cpu"] = torch.get_rng_state()
         if self._device == "cuda":
-            states["cuda"] = torch.cuda.get_rng_state()
-        return states
-
-
-class _Resolved:
-    """What a checkpoint says of its run."""
-
-    def __init__(self, config: AudioCaptionConfig, file: CaptionerFile) -> None:
-        self._config, self._file = config, file
-
-    def model_dump(self, mode: str) -> dict[str, Any]:
-        file = self._file.model_dump(mode=mode)
-        return {"recipe": self._config.model_dump(mode=mode), "captioner": file}
+            tensors["random.0.cuda"] = torch.cuda.get_rng_state()
+        return tensors
 
 
 def _place(name: str) -> str:
