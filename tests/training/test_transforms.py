@@ -77,6 +77,45 @@ def test_small_scale_decoding_shows_the_same_as_full_decoding(crop, size):
     assert np.abs(fast - full).mean() < 4
 
 
+def noise_jpeg(width, height):
+    pixels = np.random.default_rng(0).integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
+    return jpeg_bytes(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def test_frames_are_as_pillow_makes_them():
+    jpeg = noise_jpeg(320, 180)
+    with Image.open(io.BytesIO(jpeg)) as image:
+        resized = image.resize((160, 160), Image.Resampling.BICUBIC)
+    difference = np.abs(decode_jpegs([jpeg], 160, WHOLE)[0].astype(int) - np.asarray(resized))
+    assert difference.max() <= 3
+    assert difference.mean() < 0.05
+
+
+def test_boxes_are_cut_to_the_nearest_pixel():
+    jpeg = noise_jpeg(160, 80)
+    with Image.open(io.BytesIO(jpeg)) as image:
+        cut = image.crop((40, 20, 120, 80))
+    crop = Crop(40.3 / 160, 19.8 / 80, 119.6 / 160, 1.0)
+    np.testing.assert_array_equal(decode_jpegs([jpeg], 64, crop), square_images([cut], 64, WHOLE))
+    # A box thinner than a pixel is one pixel.
+    assert decode_jpegs([jpeg], 4, Crop(0.5, 0.5, 0.501, 0.501)).std(axis=(1, 2)).max() == 0
+
+
+def test_frames_of_one_clip_may_differ_in_size():
+    jpegs = [noise_jpeg(160, 80), noise_jpeg(64, 64)]
+    frames = decode_jpegs(jpegs, 32, WHOLE)
+    for frame, jpeg in zip(frames, jpegs, strict=True):
+        np.testing.assert_array_equal(frame, decode_jpegs([jpeg], 32, WHOLE)[0])
+
+
+@pytest.mark.parametrize("size", [16, 200])  # below and above the scale that Pillow decodes
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5])
+def test_broken_jpegs_are_an_os_error(size, share):
+    jpeg = noise_jpeg(320, 240)
+    with pytest.raises(OSError, match=r"(?i)image|truncated"):
+        decode_jpegs([jpeg, jpeg[: int(share * len(jpeg))]], size, WHOLE)
+
+
 def test_mirroring_swaps_left_and_right():
     plain = square_images([picture()], 8, WHOLE)[0]
     mirrored = square_images([picture()], 8, Crop(flip=True))[0]
