@@ -136,7 +136,9 @@ def test_broken_clips_are_named_once_and_keep_their_place(
     write_corpus, make_row, make_frames, recipe, caplog
 ):
     good = make_frames("red", "square", "grey", np.random.default_rng(0))
-    broken = [good[0][:200], b"", b"no jpeg", b"\xff\xd8\xff\xd9"]
+    at = good[0].index(b"\xff\xc0") + 5  # height and width
+    huge = good[0][:at] + b"\xff\xdc\xff\xdc" + good[0][at + 4 :]
+    broken = [good[0][:200], huge, b"no jpeg", b"\xff\xd8\xff\xd9"]
     rows = [make_row(v, 0, caption=f"clip {v}", frames=good) for v in range(6)]
     rows += [make_row(6 + i, 0, caption="broken", frames=[bad] * 4) for i, bad in enumerate(broken)]
     rows += [make_row(10, 0, caption="no frames", frames=[]), make_row(11, 0, caption="  ")]
@@ -393,7 +395,7 @@ def test_next_row_group_is_on_its_way_before_it_is_asked_for(in_memory, monkeypa
     reader = ShardReader(cache_mb=1, read_ahead=1)
     reader.expect(places)
     reader.group(places[0])
-    assert begun.wait(timeout=60)
+    assert begun.wait(timeout=20)
     assert [n for n, _ in reads].count(1) == 1
     ids = [reader.group(place).columns["clip_id"].to_pylist() for place in places]
     assert [len(names) for names in ids] == [6, 6, 6, 2]

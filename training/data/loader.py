@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, get_args
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from dataengine import records
@@ -37,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 STATE_VERSION = 2
 
-_BROKEN = (OSError, ValueError, SyntaxError, EOFError, struct.error)
+_BROKEN = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
 """What Pillow, PyAV and the sound's decoder raise for broken bytes; a programming error is none."""
 
 

@@ -38,6 +38,8 @@ def _by_pyav(mp4: bytes, shares: list[float]) -> list[Image.Image]:
         with av.open(io.BytesIO(mp4), mode="r") as container:
             stream = container.streams.video[0]
             # Readers run beside each other: more threads would only wait for each other.
+            if stream.codec_context is None:
+                raise ValueError("undecodable video: its codec is unknown")
             stream.codec_context.thread_count = 1
             if stream.duration and stream.time_base:
                 duration_s = float(stream.duration * stream.time_base)
