@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a step costs in multiplications, counted by torch, and what devices can do."""
 
-from typing import NamedTuple
-
 import torch
 
 from training.config import MediaKind, TrainConfig
@@ -29,14 +27,6 @@ _PEAK = (
 """Part of a device's name -> dense bfloat16 TFLOPS by NVIDIA's data sheets; the first that fits."""
 
 
-class Flops(NamedTuple):
-    """Floating point operations a clip, a multiplication with its addition being two."""
-
-    forward: float
-    training: float
-    """Forward and backward, without what checkpointed activations compute again."""
-
-
 def peak_flops(device: torch.device) -> float | None:
     """Returns a GPU's dense bfloat16 FLOPs a second; None for a CPU and a GPU that is not listed."""
     if device.type != "cuda":
@@ -45,6 +35,12 @@ def peak_flops(device: torch.device) -> float | None:
     return next((tera * 1e12 for part, tera in _PEAK if part in name), None)
 
 
-def step_flops(config: TrainConfig, kind: MediaKind) -> Flops | None:
-    """Returns what a clip of a kind costs; None if it cannot be counted."""
-    return None
+def training_flops(config: TrainConfig, kind: MediaKind) -> float:
+    """Returns what the model computes for a clip, forward and backward.
+
+    What checkpointed activations compute again is not counted: it is no work of the model's.
+    """
+    # Imported late: only a GPU whose peak is known asks for it.
+    from training.rehearsal import Rehearsal
+
+    return Rehearsal(config, checkpoint_activations=False).flops(kind)

@@ -76,8 +76,13 @@ class Rehearsal:
         self._own_bytes = sum(
             tensor.numel() * tensor.element_size() for tensor in self.task.state_dict().values()
         )
-        gc.collect()
-        self.teacher_bytes = max(self._held.bytes - self._own_bytes, 0)
+        self.teacher_bytes = self._measure_teachers()
+
+    def flops(self, kind: MediaKind) -> float:
+        """Returns what a step computes for a clip, forward and backward."""
+        forward, backward = _counter(), _counter()
+        self._try(kind, 2, forward, backward)
+        return (forward.get_total_flops() + backward.get_total_flops()) / 2
 
     def step(self, kind: MediaKind) -> Step:
         """Returns what steps of a kind take, from batches of two and of four clips."""
@@ -85,12 +90,17 @@ class Rehearsal:
         # holds on to tensors.
         forward, backward = _counter(), _counter()
         self._try(kind, 2, forward, backward)
-        gc.collect()
-        self.teacher_bytes = max(self._held.bytes - self._own_bytes, 0)
+        self.teacher_bytes = self._measure_teachers()
         two, four = self._try(kind, 2), self._try(kind, 4)
         per_clip = (four - two) / 2
         flops = forward.get_total_flops(), backward.get_total_flops()
         return Step(flops[0] / 2, sum(flops) / 2, per_clip, max(two - 2 * per_clip, 0))
+
+    def _measure_teachers(self) -> int:
+        if not isinstance(self._config.model, DistilConfig):
+            return 0
+        gc.collect()
+        return max(self._held.bytes - self._own_bytes, 0)
 
     def _try(
         self,

@@ -24,7 +24,7 @@ from training.distributed import World, any_rank, barrier, gather_objects, mean_
 from training.ema import Average
 from training.evaluation.encode import evaluate
 from training.evaluation.retrieval import Retrieval
-from training.flops import peak_flops, step_flops
+from training.flops import peak_flops, training_flops
 from training.metrics import FILE as METRICS
 from training.metrics import Progress
 from training.models import build_task
@@ -349,8 +349,7 @@ class Trainer:
         if self._peak_flops is None:
             return 0.0
         if kind not in self._flops:
-            counted = step_flops(self.config, kind)
-            self._flops[kind] = counted.training if counted else 0.0
+            self._flops[kind] = training_flops(self.config, kind)
         return self._flops[kind]
 
     def _open_progress(self) -> Progress | None:
