@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # Outcomes may be other kinds of models; a wrong guess fails the test.
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportIndexIssue=false
 """First weights: every family of files, made here at random in the published formats."""
 
 import json
@@ -26,8 +27,10 @@ from dataengine.networks.viclip import ViCLIP
 from tests.tiny_beats import write_checkpoint as write_beats
 from training import checkpoint
 from training.models import build_task
-from training.models.init import initialise, plain_llama, read_weights
+from training.models.filling import read_weights
+from training.models.init import initialise
 from training.models.open_clip_model import OpenClipDualEncoder
+from training.models.published import plain_llama
 from training.models.task import Task
 
 SENTINEL = 12345.0

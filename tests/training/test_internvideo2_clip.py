@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # Which text encoder a network has is known here; a wrong guess fails the test.
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportIndexIssue=false
 """InternVideo2-CLIP: published names and numbers of its text encoders, and what trains.
 
 Golden numbers are the published modules' (LLaMA through transformers 4.49), run on weights and tokens
