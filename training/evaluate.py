@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
                 from training.evaluation.report import print_evaluated, write_json
 
                 say(f"{loaded.path} on {title}")
-                print_evaluated(evaluated, title)
+                print_evaluated(evaluated)
                 if given.json:
                     write_json(given.json, evaluated, settings)
 

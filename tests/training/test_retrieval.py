@@ -306,6 +306,21 @@ def test_queries_of_one_video_are_no_independent_evidence():
     assert narrow[1] - narrow[0] < 0.5 * (grouped[1] - grouped[0])
 
 
+def test_captions_of_one_video_make_no_interval_narrower():
+    # Forty captions that read alike are one piece of evidence.
+    video, texts, pairs = features(7, videos=30, texts_per_video=1, width=4)
+    one = rank_both(cosine_scores(video, texts), pairs)
+    owner = np.arange(30).repeat(40)
+    pairs = np.stack([np.arange(1200), owner], axis=1)
+    forty = rank_both(cosine_scores(video, texts[owner]), pairs)
+    assert 0 < one.text_to_video.recall[1] < 1
+    assert forty.text_to_video.recall[1] == pytest.approx(one.text_to_video.recall[1])
+    assert forty.text_to_video.interval() == pytest.approx(one.text_to_video.interval())
+    assert bootstrap(forty.text_to_video.hits[1]) != pytest.approx(
+        one.text_to_video.interval(), abs=0.05
+    )
+
+
 def test_pairs_show_what_two_intervals_hide():
     rng = np.random.default_rng(0)
     a = (rng.random(500) < 0.5).astype(float)

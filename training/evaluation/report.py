@@ -18,23 +18,23 @@ _NAMED = 5
 """Clips that could not be read which the terminal names; the file names all."""
 
 
-def print_evaluated(evaluated: Evaluated, title: str) -> None:
+def print_evaluated(evaluated: Evaluated) -> None:
     """Prints a table, what is missing, and one line with the number to look at, to stdout."""
     # A pipe has no width of its own, and a table that is cut says nothing.
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120, highlight=False)
-    console.print(_table(evaluated, title))
+    console.print(_table(evaluated))
     # A name may hold what rich takes for markup.
     for line in _lines(evaluated):
         console.print(line, markup=False, soft_wrap=True)
 
 
-def _table(evaluated: Evaluated, title: str) -> Table:
-    table = Table(title=title, title_justify="left", min_width=40)
+def _table(evaluated: Evaluated) -> Table:
+    table = Table()
     measured = evaluated.measured
     match measured:
         case Retrieval():
             names = [f"R@{k}" for k in CUTOFFS]
-            for name in ("", *names, "95 % of R@1", "median rank", "mean rank", "of", "queries"):
+            for name in ("", *names, "95 % interval", "median rank", "mean rank", "of", "queries"):
                 table.add_column(name, justify="right" if name else "left")
             table.add_row("text->video", *_row(measured.text_to_video))
             table.add_row("video->text", *_row(measured.video_to_text))

@@ -44,6 +44,8 @@ class Ranking:
     hits: dict[int, NDArray[np.float64]] = field(repr=False, compare=False)
     """For each k, each query's probability of a right candidate among the first k: 0 or 1 but for
     ties. What `bootstrap` and `paired_difference` take."""
+    group: NDArray[np.int64] | None = field(default=None, repr=False, compare=False)
+    """Equal for queries that have an answer in common: they are no independent evidence."""
 
     def describe(self) -> str:
         """Returns one line: recalls with chance beside them, and the median and mean rank."""
@@ -57,7 +59,7 @@ class Ranking:
 
     def interval(self, k: int = 1) -> tuple[float, float]:
         """Returns the 95 % confidence interval of R@k."""
-        return bootstrap(self.hits[k])
+        return bootstrap(self.hits[k], self.group)
 
     def values(self) -> dict[str, float]:
         """Returns all numbers under flat names: ``r1``, ``r1_low``, ``median_rank``..."""
@@ -232,7 +234,8 @@ def rank_scores(
         counted.append(_count(block_BC, right_BC))
     if not counted:
         raise ValueError("there is no query")
-    return _ranking(np.concatenate(counted, axis=1), num_candidates)
+    first_Q = np.searchsorted(pairs[:, 0], np.arange(num_queries))
+    return _ranking(np.concatenate(counted, axis=1), num_candidates, pairs[first_Q, 1])
 
 
 def rank_candidates(similarity_QC: NDArray[np.floating], right_QC: NDArray[np.bool_]) -> Ranking:
@@ -248,7 +251,8 @@ def rank_candidates(similarity_QC: NDArray[np.floating], right_QC: NDArray[np.bo
     if not len(similarity_QC):
         raise ValueError("every query needs a right candidate")
     similarity = torch.from_numpy(np.asarray(similarity_QC, dtype=np.float64))
-    return _ranking(_count(similarity, torch.from_numpy(right_QC)), similarity_QC.shape[1])
+    counted = _count(similarity, torch.from_numpy(right_QC))
+    return _ranking(counted, similarity_QC.shape[1], right_QC.argmax(axis=1))
 
 
 def blocks(num_queries: int, num_candidates: int) -> list[tuple[int, int]]:
@@ -275,7 +279,9 @@ def _count(similarity_BC: torch.Tensor, right_BC: torch.Tensor) -> NDArray[np.in
     return torch.stack([before_B, tied_wrong_B, tied_right_B, num_right_B]).cpu().numpy()
 
 
-def _ranking(counted_4Q: NDArray[np.int64], num_candidates: int) -> Ranking:
+def _ranking(
+    counted_4Q: NDArray[np.int64], num_candidates: int, group_Q: NDArray[np.int64]
+) -> Ranking:
     before_Q, tied_wrong_Q, tied_right_Q, num_right_Q = counted_4Q
     # The first of r right ones among w wrong ones in random order stands behind w / (r + 1).
     rank_Q = 1 + before_Q + tied_wrong_Q / (tied_right_Q + 1)
@@ -292,6 +298,7 @@ def _ranking(counted_4Q: NDArray[np.int64], num_candidates: int) -> Ranking:
         num_queries=len(rank_Q),
         num_candidates=num_candidates,
         hits=hits,
+        group=group_Q,
     )
 
 
