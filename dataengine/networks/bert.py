@@ -246,7 +246,7 @@ def _there(tokens_BL: torch.Tensor) -> torch.Tensor:
     """Returns bool [B, 1, 1, L]: where there is no padding.
 
     The first token always counts: a row of padding alone, as where a clip could not be read, would
-    otherwise have a softmax over nothing, which is NaN and spreads in the backward pass.
+    otherwise have a softmax over nothing, which in some kernels is NaN and spreads in the backward pass.
     """
     there_BL = tokens_BL != PAD
     there_BL[:, :1] = True
