@@ -33,6 +33,7 @@ from dataengine.needs import Package, Weights
 from dataengine.networks.config import (
     IMAGENET_MEAN,
     IMAGENET_STD,
+    BeatsNetworkConfig,
     BertConfig,
     InternVideo2ClipConfig,
     InternVideo2Config,
@@ -442,6 +443,10 @@ VISION = InternVideo2Config(
     image_size=28, num_frames=2, width=64, layers=1, heads=4, mlp_width=96, pool_heads=4,
     embed_dim=32,
 )  # fmt: skip
+BEATS = BeatsNetworkConfig(
+    embed_dim=16, width=32, mlp_width=32, layers=1, heads=2, conv_pos=8, conv_pos_groups=2,
+    num_buckets=16, max_distance=32,
+)  # fmt: skip
 TEXTS = [pair.text for pair in KNOWN_PAIRS]
 
 
@@ -558,6 +563,29 @@ def test_a_trained_second_stage_scores_as_the_published_file(stage2, internvideo
     published = internvideo2_stage(internvideo2[1]).process(rows)
     expected = [outcome.rows[0]["video_text_score"] for outcome in published]
     assert [score for score, _ in read] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_published_file_that_hears_reads_text_and_video_alone(stage2, tmp_path):
+    """The 6B model's file holds BEATs, and its decoder looks at tokens of another width."""
+    config = stage2[0].model_copy(update={"audio": BEATS, "fusion_width": 48})
+    torch.manual_seed(0)
+    network = InternVideo2Stage2(config).eval()
+    torch.save(published_stage2(network.state_dict(), config), tmp_path / "6b.pt")
+    settings = {"num_frames": 2, "heads": 4, "pool_heads": 4, "max_tokens": 16, "device": "cpu"}
+    scorer = build_video_text(
+        InternVideo2ScorerConfig(
+            weights=str(tmp_path / "6b.pt"), tokenizer=config.tokenizer, **settings
+        )
+    )
+    folder = tmp_path / "folder"
+    export.export_folder(network.state_dict(), config, folder, about={"clean_captions": False})
+    trained = build_video_text(TrainedScorerConfig(weights=str(folder), device="cpu"))
+    video = np.random.default_rng(0).integers(0, 255, (2, 28, 28, 3), np.uint8)
+    for own, theirs in (
+        (scorer.embed_videos([video]), trained.embed_videos([video])),
+        (scorer.embed_texts(TEXTS), trained.embed_texts(TEXTS)),
+    ):
+        assert np.array_equal(own, theirs)
 
 
 def test_a_trained_internvideo2_clip_scores(tmp_path):

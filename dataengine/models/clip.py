@@ -336,6 +336,7 @@ def _revision(name: str, pretrained: str, weights: Path | None) -> str:
     config = ""
     if weights is not None:
         described = json.loads((weights.parent / "open_clip_config.json").read_text())
+        described.pop("about", None)  # what it was trained on, which changes no score
         config = json.dumps(described, sort_keys=True)
     elif Path(pretrained).is_file():
         weights = Path(pretrained)

@@ -5,6 +5,7 @@ import json
 import shutil
 from typing import Any
 
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -35,8 +36,11 @@ from training.config import (
 )
 from training.data.text import build_tokenizer
 from training.data.transforms import WHOLE, normalise, square_images
+from training.distributed import World
+from training.hub import export_huggingface
 from training.models import build_task
 from training.models.open_clip_model import OpenClipDualEncoder
+from training.trainer import Trainer
 
 VISION = InternVideo2Config(
     image_size=28, num_frames=2, width=32, layers=2, heads=2, mlp_width=64, pool_heads=2,
@@ -82,7 +86,10 @@ def encoded(network, config) -> tuple[torch.Tensor, ...]:
     frames = torch.randn(2, vision.num_frames, 3, vision.image_size, vision.image_size)
     tokens = torch.randint(5, 50, (2, 12))
     with torch.no_grad():
-        return network.encode_video(frames), network.encode_text(tokens), network.temp
+        heard = ()
+        if getattr(config, "audio", None):
+            heard = network.hear(torch.randn(2, 64, 64))
+        return network.encode_video(frames), network.encode_text(tokens), network.temp, *heard
 
 
 def files_of(folder):
@@ -308,6 +315,28 @@ def test_annotation_reads_texts_as_training_did(kind, clean, llama, tmp_path):
     assert torch.equal(theirs, own)
 
 
+def test_a_run_ends_with_a_model_that_scores(recipe, shapes_corpus, tmp_path):
+    config = recipe(data__sources=[{"data": shapes_corpus}], optim__steps=2, optim__lr=0.01)
+    trainer = Trainer(config, tmp_path / "run", World(0, 1, torch.device("cpu")))
+    trainer.run()
+    scorer = build_video_text(TrainedScorerConfig(weights=str(tmp_path / "run"), device="cpu"))
+    assert scorer.model == "viclip:run"
+    captions = ["A red square on grey ground."]
+    (text,) = scorer.embed_texts(captions)
+    pixels = np.random.default_rng(0).integers(0, 255, (2, 32, 32, 3), np.uint8)
+    (video,) = scorer.embed_videos([pixels])
+    spec = inputs_of(config.model)
+    frames = normalise(torch.from_numpy(pixels[None]), spec.pixel_mean, spec.pixel_std)
+    task: Any = trainer.task.eval()
+    with torch.no_grad():
+        own_text = task.encode_text(build_tokenizer(spec)([clean_caption(captions[0])]))
+        own_video = task.encode_video(frames)
+    assert text == pytest.approx(own_text[0].numpy(), abs=1e-6)
+    assert video == pytest.approx(own_video[0].numpy(), abs=1e-6)
+    about = read_folder(tmp_path / "run").about
+    assert (about["steps"], about["trained_on"]) == (2, ["shapes"])
+
+
 @pytest.fixture
 def llama(tmp_path):
     """A byte-pair tokenizer with LLaMA's special tokens."""
@@ -389,7 +418,7 @@ def test_transformers_loads_the_hub_s_folder_and_computes_the_same(clip, tmp_pat
 
     model, config = clip
     folder = tmp_path / "m"
-    export.export_huggingface(model.state_dict(), config, folder)
+    export_huggingface(model.state_dict(), config, folder)
     loaded, info = AutoModel.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values())
     processor = AutoProcessor.from_pretrained(folder)
@@ -431,10 +460,12 @@ def test_a_folder_for_the_hub_says_how_it_is_loaded(kind, tmp_path):
     network = network_of(config)
     folder = tmp_path / "my-model"
     about = {"trained_on": ["corpus", "a|b"], "clean_captions": True, "steps": 5}
-    export.export_huggingface(
+    export_huggingface(
         network.state_dict(), config, folder, half=True, about=about, license_id="mit"
     )
     front, text = front_matter(folder)
+    millions = sum(parameter.numel() for parameter in network.parameters()) / 1e6
+    assert f"| Parameters | {millions:.2f} M |" in text
     assert front["license"] == "mit"
     assert {"pipeline_tag", "tags", "library_name"} <= front.keys()
     assert kind in front["tags"]
@@ -464,7 +495,7 @@ def test_without_its_tokenizer_a_model_does_not_go_to_the_hub(tmp_path, caplog):
     config = SHAPES["internvideo2_stage2"].model_copy(update={"tokenizer": str(tmp_path / "no")})
     state = network_of(config).state_dict()
     with pytest.raises(DependencyError, match=r"tokenizer .* cannot be loaded"):
-        export.export_huggingface(state, config, tmp_path / "hub")
+        export_huggingface(state, config, tmp_path / "hub")
     assert not (tmp_path / "hub").exists()
     export.export_folder(state, config, tmp_path / "m")
     assert "the exported folder goes without it" in caplog.text
@@ -482,7 +513,7 @@ def write_checkpoint(output, config, state, **more):
 
 
 def test_command_exports_a_run_and_a_checkpoint(recipe, tmp_path, capsys):
-    config = recipe(data__clean_captions=False, data__sources=[{"data": "my-corpus"}])
+    config = recipe(data__clean_captions=False, data__sources=[{"data": "/mine/corpus#flt"}])
     network = network_of(config.model)
     write_checkpoint(tmp_path / "run", config, network.state_dict())
     step = tmp_path / "run" / "checkpoints" / "step_00000003"
@@ -494,7 +525,7 @@ def test_command_exports_a_run_and_a_checkpoint(recipe, tmp_path, capsys):
             assert torch.equal(weight, loaded.state_dict()[key])
     about = read_folder(tmp_path / "a").about
     assert (about["clean_captions"], about["steps"]) == (False, 3)
-    assert about["trained_on"] == ["my-corpus"]
+    assert about["trained_on"] == ["corpus#flt"]
     arguments = [str(step), str(tmp_path / "hub"), "--format", "huggingface", "--license", "mit"]
     assert export.main(arguments) == 0
     assert front_matter(tmp_path / "hub")[0]["license"] == "mit"
