@@ -146,6 +146,24 @@ def test_a_mix_takes_turns_with_kinds(shapes_corpus, recipe):
             assert torch.equal(batch.position[rank * half : (rank + 1) * half], own.position)
 
 
+def test_readers_of_a_mix_keep_out_of_each_others_row_groups(shapes_corpus, recipe):
+    """Steps go to readers in turn, whatever kind they are of."""
+    config = recipe(
+        data__sources=[{"data": shapes_corpus}], data__held_out=0.0, data__batch_size=2,
+        data__slots=1, data__lanes=2, data__shuffle_buffer=1,
+        data__mix={"video": {}, "image": {}},
+    )  # fmt: skip
+    corpora = open_corpora(config)
+    batches = epoch_of(corpora.train_loader())
+    for kind in ("video", "image"):
+        read = []
+        for worker in range(2):
+            own = [b.position for b in batches[worker::2] if b.kind == kind]
+            read.append(set(corpora.train_index.group_of(torch.cat(own).numpy()).tolist()))
+        assert len(read[0] | read[1]) == 20
+        assert len(read[0] & read[1]) <= 1  # on the cut between the lanes
+
+
 @pytest.mark.parametrize("taken", [1, 7, 12, 13, 14])
 def test_a_mix_is_resumed_exactly(shapes_corpus, recipe, taken):
     mix = {"image": {"batch_size": 16, "weight": 0.5}, "video": {}}
@@ -244,6 +262,18 @@ def test_sound_is_read_where_there_is_some(
             assert (batch.frames[~batch.valid] == 0).all()
     assert kinds == set(mix)
     assert set(loader.skipped) == {"video-10_0_1000", "video-10_1000_2000"}
+
+
+def test_a_batch_whose_sound_is_all_broken_has_zeros(write_corpus, make_rows, recipe):
+    rows = make_rows(range(4), video={"bytes": b"no mp4", "path": None}, has_audio=True)
+    config = recipe(data__sources=[{"data": write_corpus(rows)}], data__held_out=0.0)
+    mix = {"audio": MixConfig()}
+    config = config.model_copy(update={"data": config.data.model_copy(update={"mix": mix})})
+    batch = next(iter(open_corpora(config).train_loader()))
+    assert batch.frames is None
+    assert batch.fbank.shape == (8, 998, 64)
+    assert not batch.valid.any()
+    assert (batch.fbank == 0).all()
 
 
 def test_no_sound_at_all_is_told(shapes_corpus):

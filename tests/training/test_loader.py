@@ -418,6 +418,26 @@ def test_what_is_fetched_ahead_follows_what_is_expected(in_memory):
         reader.group(gone)
 
 
+def test_a_store_that_has_gone_away_is_no_damage(in_memory, monkeypatch):
+    """One failed read is repeated; if the shard cannot be opened either, the run must not go on."""
+    place = Place(Shard(in_memory, "shard00"), 1, ("clip_id",))
+    reader = ShardReader(cache_mb=1)
+    reader.group(Place(Shard(in_memory, "shard00"), 0, ("clip_id",)))
+    plain, failures = pq.ParquetFile.read_row_group, [ConnectionError("gone for a moment")]
+
+    def failing(self, number, **options):
+        if failures:
+            raise failures.pop()
+        return plain(self, number, **options)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", failing)
+    assert reader.group(place).num_rows == 6
+    failures.append(ConnectionError("gone for good"))
+    fsspec.filesystem("memory").rm("/bucket/corpus/shards/shard00.parquet")
+    with pytest.raises(CorpusError, match=r"Cannot read shards/shard00\.parquet"):
+        reader.group(place._replace(row_group=2))
+
+
 def test_readers_know_the_next_request(in_memory, recipe, monkeypatch):
     told = []
     plain = ShardReader.expect

@@ -120,6 +120,10 @@ class ClipReader(Dataset[Any]):
             frames_BTHWC = room.numpy()
             if on_device:
                 crop_B5 = np.tile(np.array(_box(WHOLE), dtype=np.float32), (size, 1))
+        if kind in _HEARD:
+            from training.data.audio import NUM_BINS, NUM_FRAMES  # late, as in _sound
+
+            fbank_BFM = np.zeros((size, NUM_FRAMES, NUM_BINS), dtype=np.float32)
         captions = [""] * size
         valid_B = np.zeros(size, dtype=bool)
         skipped: dict[int, tuple[str, str]] = {}
@@ -157,11 +161,8 @@ class ClipReader(Dataset[Any]):
                     frames_BTHWC[place] = frames
                     if crop_B5 is not None:
                         crop_B5[place] = _box(crop)
-                if kind in _HEARD:
-                    fbank_FM = _sound(group, row, rng)
-                    if fbank_BFM is None:
-                        fbank_BFM = np.empty((size, *fbank_FM.shape), dtype=np.float32)
-                    fbank_BFM[place] = fbank_FM
+                if fbank_BFM is not None:
+                    fbank_BFM[place] = _sound(group, row, rng)
             except _BROKEN as error:
                 captions[place] = ""
                 skipped[place] = (group.columns["clip_id"][row].as_py(), str(error))

@@ -127,35 +127,49 @@ class _OpenShard:
 
     def read(self, place: Place) -> RowGroup:
         with self._lock:
-            file = self._file or self._open()
-            self._file = file
-            if place.row_group >= file.num_row_groups:
-                raise CorpusError(
-                    f"{self._name} has no row group {place.row_group}",
-                    "the catalog and the shard do not belong together: ingest the videos again",
-                )
             try:
-                # One thread: readers run beside each other, and the training process needs its cores.
-                table = file.read_row_group(
-                    place.row_group, columns=list(place.columns), use_threads=False
-                )
-            except (OSError, pa.ArrowException) as error:
-                raise DamagedError(
-                    f"row group {place.row_group} of {self._name} is damaged: {error}"
-                ) from error
+                table = self._table(place)
+            except _UnreadableError:
+                # What has gone away is not damage: then it cannot be opened again either.
+                self._file = None
+                try:
+                    table = self._table(place)
+                except _UnreadableError as error:
+                    where = f"row group {place.row_group} of {self._name}"
+                    raise DamagedError(f"{where} is damaged: {error}") from error
         missing = {name.split(".")[0] for name in place.columns} - set(table.column_names)
         if missing:
             raise CorpusError(f"{self._name} lacks {', '.join(sorted(missing))}")
         columns = {name: _whole(table[name]) for name in table.column_names}
         return RowGroup(columns, len(table), table.nbytes)
 
+    def _table(self, place: Place) -> pa.Table:
+        if self._file is None:
+            self._file = self._open()
+        if place.row_group >= self._file.num_row_groups:
+            raise CorpusError(
+                f"{self._name} has no row group {place.row_group}",
+                "the catalog and the shard do not belong together: ingest the videos again",
+            )
+        try:
+            # One thread: readers run beside each other, and the training process needs its cores.
+            return self._file.read_row_group(
+                place.row_group, columns=list(place.columns), use_threads=False
+            )
+        except Exception as error:  # Arrow's, and whatever an object store's client raises
+            raise _UnreadableError(str(error)) from error
+
     def _open(self) -> pq.ParquetFile:
         try:
             path = self._corpus.path(self._name)
             filesystem = arrow_filesystem(self._corpus)
             return pq.ParquetFile(path, filesystem=filesystem, pre_buffer=not self._corpus.is_local)
-        except (OSError, pa.ArrowException) as error:
+        except Exception as error:  # as above
             raise CorpusError(f"Cannot read {self._name}: {error}") from error
+
+
+class _UnreadableError(Exception):
+    """A row group could not be read, for now."""
 
 
 def _whole(column: pa.ChunkedArray) -> pa.Array:
