@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dataengine.errors import ConfigError, DependencyError
+from dataengine.networks import bert
 from dataengine.networks.bert import Bert
 from dataengine.networks.config import BertConfig, InternVideo2Config
 from dataengine.networks.internvideo2 import InternVideo2, InternVideo2Classifier, resize_positions
@@ -234,6 +235,9 @@ def test_a_file_alone_must_tell_its_gelu(build, tmp_path, monkeypatch):
     task, config = build({"kind": "clip", "path": f"Other@{tmp_path / 'clip.pt'}"})
     with pytest.raises(ConfigError, match="no architecture Other"):
         initialise(task, config)
+    task, config = build({"kind": "clip", "path": "Tiny@no-such-tag"})
+    with pytest.raises(ConfigError, match="no-such-tag is neither a file nor a tag of Tiny"):
+        initialise(task, config)
 
 
 def test_openais_weights_are_known_by_their_sizes(build, tmp_path):
@@ -355,6 +359,16 @@ def test_a_stage_1_file_into_a_student_of_other_teachers(build, tmp_path):
     assert fresh(task) == {n for n in task.network.state_dict() if n.startswith(decoders)}
 
 
+def test_decoders_of_another_width_stay_fresh(build, recipe, tmp_path):
+    wider = {"kind": "internvideo2", "vision": {**VISION, "width": 64}}
+    student = build_task(recipe(model={**DISTIL, "clip_teacher": wider})).network
+    torch.save({"model": random_state(student)}, tmp_path / "student.pth")
+    task, config = build({"kind": "weights", "path": str(tmp_path / "student.pth")}, DISTIL)
+    initialise(task, config)
+    decoders = ("clip_decoder", "final_clip_decoder", "clip_pos_embed")
+    assert fresh(task) == {n for n in task.network.state_dict() if n.startswith(decoders)}
+
+
 def test_a_student_goes_on_with_its_own_decoders(build, recipe, tmp_path):
     student = build_task(recipe(model=DISTIL)).network
     state = random_state(student)
@@ -416,8 +430,8 @@ def test_stage_2s_file_whole_and_its_encoder_alone(build, recipe, tmp_path):
 
 
 def test_a_bert_into_stage_2_leaves_its_cross_attention_fresh(build, tmp_path):
-    bert = Bert(BertConfig(**BERT), 32)
-    state = {n: t for n, t in random_state(bert).items() if ".crossattention." not in n}
+    plain = Bert(BertConfig(**BERT), 32)
+    state = {n: t for n, t in random_state(plain).items() if ".crossattention." not in n}
     words, bias = state["bert.embeddings.word_embeddings.weight"], state["cls.predictions.bias"]
     copies = {
         "cls.predictions.decoder.weight": words.clone(),
@@ -433,6 +447,26 @@ def test_a_bert_into_stage_2_leaves_its_cross_attention_fresh(build, tmp_path):
         name for name in own if not name.startswith("text_encoder.") or ".crossattention." in name
     }
     assert torch.equal(own["text_encoder.bert.embeddings.word_embeddings.weight"], words)
+
+
+def test_a_name_on_the_hub_is_a_berts(build, monkeypatch):
+    state = {
+        n: t for n, t in random_state(Bert(BertConfig(**BERT), 32)).items() if ".cross" not in n
+    }
+    asked = []
+    monkeypatch.setattr(bert, "_read", lambda source: asked.append(source) or state)
+    init = {"kind": "weights", "path": "google-bert/bert-large-uncased"}
+    task, config = build(init, STAGE2)
+    initialise(task, config)
+    assert asked == ["google-bert/bert-large-uncased"]
+    own = task.network.state_dict()
+    assert all(torch.equal(own[f"text_encoder.{name}"], tensor) for name, tensor in state.items())
+    task, config = build(init, MOBILE)
+    with pytest.raises(ConfigError, match="holds a BERT, for which the model has no part"):
+        initialise(task, config)
+    task, config = build({**init, "path": "weights/absent.pth"}, STAGE2)
+    with pytest.raises(ConfigError, match=r"no weights at weights/absent.pth"):
+        initialise(task, config)
 
 
 def test_beats_into_stage_2(build, tmp_path):

@@ -14,7 +14,7 @@ from dataengine.networks.viclip import ViCLIP, fit_positions
 from training.config import InitConfig, TrainConfig
 from training.models.clip_weights import clip_filling
 from training.models.filling import Filling, State, fill, find, groups, read_weights
-from training.models.published import published_filling, vision_weights
+from training.models.published import is_hub_name, published_filling, vision_weights
 from training.models.task import Task
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ def initialise(task: Task, config: TrainConfig) -> None:
             case "clip":
                 filling = clip_filling(entry.path, network, config)
             case "weights":
-                state = read_weights(Path(entry.path))
+                state = {} if is_hub_name(entry.path) else read_weights(Path(entry.path))
                 filling = published_filling(state, network, entry)
             case "checkpoint":
                 filling = run_filling(entry, network)

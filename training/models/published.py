@@ -4,6 +4,7 @@
 Families are told apart by the names in a file, in the order of `_FAMILIES`.
 """
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -201,8 +202,8 @@ def _bert(state: State, network: nn.Module, entry: InitConfig) -> Filling | None
         return None
     prefix, module = place
     path = Path(entry.path)
-    folder = path if path.is_dir() else path.parent
-    fresh = {prefix + name for name in load_plain_bert(module, folder)}
+    source = path.parent if path.is_file() else entry.path
+    fresh = {prefix + name for name in load_plain_bert(module, source)}
     weights = {
         prefix + name: tensor
         for name, tensor in module.state_dict().items()
@@ -279,14 +280,27 @@ _FAMILIES = (
     ),
     _Family("a MobileCLIP", lambda s: _has(s, "text_encoder.embedding_layer."), _mobileclip),
     _Family("a BEATs", lambda s: _has(s, "patch_embedding.", "encoder.pos_conv."), _beats),
-    _Family("a BERT", lambda s: _has(s, "bert.embeddings.word_embeddings."), _bert),
+    _Family("a BERT", lambda s: not s or _has(s, "bert.embeddings.word_embeddings."), _bert),
     _Family("a CLIP", lambda s: _has(s, "visual."), _not_here),
 )  # fmt: skip
 """What published files hold, the most particular first: the first that recognises a file loads it."""
 
+_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
+
+
+def is_hub_name(path: str) -> bool:
+    """Returns whether a path is no file but a name on the Hugging Face hub: a BERT's."""
+    is_name = re.fullmatch(r"[\w-]+/[\w.-]+", path) and not path.endswith(_SUFFIXES)
+    return bool(is_name) and not Path(path).exists()
+
 
 def published_filling(state: State, network: nn.Module, entry: InitConfig) -> Filling:
     """Returns what a file of known family gives a network.
+
+    Args:
+        state: What is in the file; nothing if `is_hub_name`.
+        network: What is to be filled.
+        entry: Where the file is.
 
     Raises:
         ConfigError: If it is of none, or the network has no part for it.
