@@ -242,6 +242,27 @@ def test_weights_of_the_distances(task):
         assert heavy[name].item() == pytest.approx(weight * plain[name].item())
 
 
+def test_answers_are_held_against_what_was_seen(task):
+    frames = known_frames(2, 8, 3, 56, 56)
+    torch.manual_seed(1)
+    losses = task(inputs(frames)).losses
+    torch.manual_seed(1)
+    targets = task._clip_teacher(frames[:, ::2])
+    visible = visible_patches(targets.attention, 0.8, "attention")
+    answers = task.network(frames[:, ::2], visible)
+    rows = torch.arange(2)[:, None]
+    middle, mae = [], []
+    for answer, layer in zip(answers.middle, targets.middle, strict=True):
+        seen = torch.cat([layer[:, :1], layer[:, 1:][rows, visible]], dim=1)
+        middle.append((2 - 2 * F.cosine_similarity(answer, seen, dim=-1)).mean())
+    for answer, layer in zip(answers.mae, task._mae_teacher(frames), strict=True):
+        mae.append((2 - 2 * F.cosine_similarity(answer, layer[rows, visible], dim=-1)).mean())
+    final = 2 - 2 * F.cosine_similarity(answers.final, targets.final, dim=-1)
+    torch.testing.assert_close(losses["clip_middle"], torch.stack(middle).mean())
+    torch.testing.assert_close(losses["mae"], torch.stack(mae).mean())
+    torch.testing.assert_close(losses["clip_final"], final.mean())
+
+
 def test_the_second_teacher_alone_sees_every_frame(task):
     frames = known_frames(2, 8, 3, 56, 56)
     changed = frames.clone()

@@ -187,17 +187,20 @@ class DistilTask(Task):
         student_frames = self._student_frames(frames_BTCHW)
         targets = _taught(self._clip_teacher, student_frames)
         visible_BV = visible_patches(targets.attention, self._config.mask_ratio, self._config.mask)
-        answers = self._student(student_frames, visible_BV)
         seen_BN = F.pad(visible_BV + 1, (1, 0))  # and the class token
-        valid_B, weights = inputs.pairs.valid, self._objective
         middle = [take(layer_BND, seen_BN) for layer_BND in targets.middle]
+        final_BE = targets.final
+        del targets  # of a large teacher gigabytes, of which a fifth is seen
+        mae: list[torch.Tensor] = []
+        if self._mae_teacher is not None:
+            mae = [take(x_BND, visible_BV) for x_BND in _taught(self._mae_teacher, frames_BTCHW)]
+        answers = self._student(student_frames, visible_BV)
+        valid_B, weights = inputs.pairs.valid, self._objective
         losses = {
             "clip_middle": weights.middle * distance(answers.middle, middle, valid_B),
-            "clip_final": weights.final * distance([answers.final], [targets.final], valid_B),
+            "clip_final": weights.final * distance([answers.final], [final_BE], valid_B),
         }
-        if self._mae_teacher is not None:
-            seen = _taught(self._mae_teacher, frames_BTCHW)
-            mae = [take(layer_BND, visible_BV) for layer_BND in seen]
+        if mae:
             losses["mae"] = weights.mae * distance(answers.mae, mae, valid_B)
         return StepOutput(losses, {})
 
