@@ -207,6 +207,17 @@ def read_names(folder: Path) -> set[str]:
     return set(_metadata(folder))
 
 
+def read(folder: Path) -> dict[str, torch.Tensor]:
+    """Returns all tensors of a checkpoint, whole, on the CPU. Needs no process group."""
+    entries = _entries(folder)
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in entries.items()
+    }
+    dcp.load(dict(tensors), checkpoint_id=folder, no_dist=True)
+    return tensors
+
+
 def load(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Reads a state into the tensors of a run, in place; every process must call it.
 
@@ -275,14 +286,16 @@ def set_aside(output: Path) -> Path | None:
 
 def _metadata(folder: Path) -> dict[str, torch.Size]:
     """Returns the shape of every tensor in a checkpoint."""
+    return {name: entry.size for name, entry in _entries(folder).items()}
+
+
+def _entries(folder: Path) -> dict[str, TensorStorageMetadata]:
     try:
         stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
     except (OSError, EOFError, ValueError, AttributeError) as error:
         raise CheckpointError(f"Checkpoint {folder} cannot be read: {error}") from error
     return {
-        name: entry.size
-        for name, entry in stored.items()
-        if isinstance(entry, TensorStorageMetadata)
+        name: entry for name, entry in stored.items() if isinstance(entry, TensorStorageMetadata)
     }
 
 

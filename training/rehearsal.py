@@ -32,6 +32,8 @@ from training.models.task import Task
 _FBANK = (998, 128)
 """Frames and mel bins of 10 s of sound."""
 
+_CLIPS = 32
+
 _LARGE = 1 << 20
 
 _aten = torch.ops.aten
@@ -85,16 +87,18 @@ class Rehearsal:
         return (forward.get_total_flops() + backward.get_total_flops()) / 2
 
     def step(self, kind: MediaKind) -> Step:
-        """Returns what steps of a kind take, from batches of two and of four clips."""
+        """Returns what steps of a kind take, from batches of 32 clips and of half as many."""
         # The first step also brings teachers to the precision they run in; what counts operations
         # holds on to tensors.
         forward, backward = _counter(), _counter()
         self._try(kind, 2, forward, backward)
         self.teacher_bytes = self._measure_teachers()
-        two, four = self._try(kind, 2), self._try(kind, 4)
-        per_clip = (four - two) / 2
+        # In small batches other moments of the step hold the most than in large ones.
+        half, whole = self._try(kind, _CLIPS // 2), self._try(kind, _CLIPS)
+        per_clip = (whole - half) / (_CLIPS - _CLIPS // 2)
         flops = forward.get_total_flops(), backward.get_total_flops()
-        return Step(flops[0] / 2, sum(flops) / 2, per_clip, max(two - 2 * per_clip, 0))
+        fixed = max(whole - _CLIPS * per_clip, 0)
+        return Step(flops[0] / 2, sum(flops) / 2, per_clip, fixed)
 
     def _measure_teachers(self) -> int:
         if not isinstance(self._config.model, DistilConfig):

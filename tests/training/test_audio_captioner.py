@@ -142,8 +142,8 @@ def test_killed_and_resumed_run_is_bit_equal(root, whole, tmp_path):
     assert second.step == 3
     assert second.run() == losses[3:]
     assert_equal_weights(tmp_path, folder)
-    states = [checkpoint.load_state(checkpoint.locate(path)) for path in (tmp_path, folder)]
-    assert torch.equal(states[0]["random"]["cpu"], states[1]["random"]["cpu"])
+    states = [checkpoint.read(checkpoint.locate(path)) for path in (tmp_path, folder)]
+    assert torch.equal(states[0]["random.0.cpu"], states[1]["random.0.cpu"])
 
 
 def test_finished_run_does_nothing_more(root, whole, tmp_path):
@@ -169,7 +169,7 @@ def test_checkpoint_of_another_captioner_is_refused(root, tmp_path, caplog):
         trainer(root, tmp_path, qformer__num_queries=5)
     with pytest.raises(checkpoint.CheckpointError, match="belongs to another captioner"):
         trainer(root, tmp_path, prompt__after="Other")
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.name.startswith("training")]
     trainer(root, tmp_path, optim__lr=1e-3)
     assert "the recipe differs from the checkpoint's in optim" in caplog.text
 
@@ -223,7 +223,7 @@ def test_loss_that_is_no_number_never_reaches_a_checkpoint(root, tmp_path, monke
     monkeypatch.setattr(run, "_loss", lambda *a: loss(*a) * (float("nan") if run.step == 4 else 1))
     with pytest.raises(EngineError, match="The loss is nan at step 4"):
         run.run()
-    saved = load_file(tmp_path / "checkpoints" / "step_00000003" / "model.safetensors")
+    saved = checkpoint.read(tmp_path / "checkpoints" / "step_00000003")
     assert all(tensor.isfinite().all() for tensor in saved.values())
 
 
