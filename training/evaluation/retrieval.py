@@ -228,10 +228,8 @@ def rank_scores(
     for start, stop in blocks(num_queries, num_candidates):
         block_BC = scores(start, stop)
         low, high = np.searchsorted(pairs[:, 0], [start, stop])
-        rows, columns = torch.from_numpy(pairs[low:high].copy()).to(block_BC.device).T
-        right_BC = torch.zeros_like(block_BC, dtype=torch.bool)
-        right_BC[rows - start, columns] = True
-        counted.append(_count(block_BC, right_BC))
+        row_P, column_P = torch.from_numpy(pairs[low:high].copy()).to(block_BC.device).T
+        counted.append(_count(block_BC, row_P - start, column_P))
     if not counted:
         raise ValueError("there is no query")
     first_Q = np.searchsorted(pairs[:, 0], np.arange(num_queries))
@@ -251,7 +249,7 @@ def rank_candidates(similarity_QC: NDArray[np.floating], right_QC: NDArray[np.bo
     if not len(similarity_QC):
         raise ValueError("every query needs a right candidate")
     similarity = torch.from_numpy(np.asarray(similarity_QC, dtype=np.float64))
-    counted = _count(similarity, torch.from_numpy(right_QC))
+    counted = _count(similarity, *torch.from_numpy(right_QC).nonzero().T)
     return _ranking(counted, similarity_QC.shape[1], right_QC.argmax(axis=1))
 
 
@@ -261,22 +259,27 @@ def blocks(num_queries: int, num_candidates: int) -> list[tuple[int, int]]:
     return [(start, min(start + size, num_queries)) for start in range(0, num_queries, size)]
 
 
-def _count(similarity_BC: torch.Tensor, right_BC: torch.Tensor) -> NDArray[np.int64]:
+def _count(
+    similarity_BC: torch.Tensor, row_P: torch.Tensor, column_P: torch.Tensor
+) -> NDArray[np.int64]:
     """Returns per query: better ones, wrong and right ones that tie with the best right, all right.
 
-    int64 [4, B].
+    int64 [4, B]. What is right is looked at by itself, so that the block is read three times only.
     """
-    if not torch.isfinite(similarity_BC).all():
+    # A sum is finite only if all are.
+    if not torch.isfinite(similarity_BC.sum(dim=1)).all():
         raise ValueError("similarities must be finite")
-    num_right_B = right_BC.sum(dim=1)
+    num_right_B = torch.bincount(row_P, minlength=len(similarity_BC))
     if (num_right_B == 0).any():
         raise ValueError("every query needs a right candidate")
-    best_B1 = similarity_BC.masked_fill(~right_BC, -torch.inf).amax(dim=1, keepdim=True)
-    before_B = (similarity_BC > best_B1).sum(dim=1)
-    tied_BC = similarity_BC == best_B1
-    tied_right_B = (tied_BC & right_BC).sum(dim=1)
-    tied_wrong_B = tied_BC.sum(dim=1) - tied_right_B
-    return torch.stack([before_B, tied_wrong_B, tied_right_B, num_right_B]).cpu().numpy()
+    right_P = similarity_BC[row_P, column_P]
+    lowest_B = torch.full_like(similarity_BC[:, 0], -torch.inf)
+    best_B = lowest_B.scatter_reduce(0, row_P, right_P, "amax")
+    tied_right_B = torch.bincount(row_P[right_P == best_B[row_P]], minlength=len(best_B))
+    before_B = torch.count_nonzero(similarity_BC > best_B[:, None], dim=1)
+    tied_B = torch.count_nonzero(similarity_BC >= best_B[:, None], dim=1) - before_B
+    counted = before_B, tied_B - tied_right_B, tied_right_B, num_right_B
+    return torch.stack(counted).cpu().numpy()
 
 
 def _ranking(
