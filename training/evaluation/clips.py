@@ -9,10 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import av
 import numpy as np
 import torch
-from av.error import FFmpegError
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
@@ -86,6 +84,9 @@ def decode(clip: Clip, num_frames: int, segments: int = 1) -> list[list[Image.Im
     Raises:
         ValueError: If the file is missing or does not decode, or nothing lies in the span.
     """
+    # Imported late: training on stored frames runs without PyAV.
+    from av.error import FFmpegError
+
     if clip.path is None:
         raise ValueError("no such file")
     try:
@@ -122,6 +123,8 @@ class _Timeline(NamedTuple):
 
 def _read_timeline(path: Path) -> _Timeline:
     """Reads times off the packets, which decodes nothing; decodes where they do not carry them."""
+    import av
+
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         assert stream.time_base is not None
@@ -144,6 +147,8 @@ def _read_timeline(path: Path) -> _Timeline:
 
 def _pick(path: Path, timeline: _Timeline, numbers: set[int]) -> dict[int, Image.Image]:
     """Returns the frames of these numbers, as far as they are found."""
+    import av
+
     if timeline.tick is not None:
         images = _pick_by_tick(path, timeline.tick, timeline.key_tick, numbers)
         if len(images) == len(numbers):
@@ -163,6 +168,8 @@ def _pick_by_tick(
     path: Path, tick: np.ndarray, key_tick: np.ndarray, numbers: set[int]
 ) -> dict[int, Image.Image]:
     """Returns frames by their time; what lies between is passed over from key frame to key frame."""
+    import av
+
     images: dict[int, Image.Image] = {}
     with av.open(str(path)) as container:
         stream = container.streams.video[0]

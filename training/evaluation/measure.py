@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from dataengine.errors import ConfigError, EngineError
@@ -121,7 +122,7 @@ def retrieve(
     tokens_TL = tokens_of(texts, reading.spec, min(length, loaded.longest_text))
     text_TE = encode_texts(encoder.encode_text, tokens_TL, reading)
     device = reading.world.device
-    scores = cosine_scores(encoded.features.mean(dim=1).to(device), text_TE.to(device))
+    scores = cosine_scores(_averaged(encoded).to(device), text_TE.to(device))
     read = [clips[position] for position in encoded.positions.tolist()]
     scores = _adjusted(
         scores, loaded, reading, lambda: _frames_of(read, reading), tokens_TL, options
@@ -206,7 +207,7 @@ def recognise(loaded: Loaded, reading: Reading, name: str, folder: Path) -> Eval
     class_KE = class_features(_text_encoder(encoder, loaded, reading), classes, templates)
     label_N = torch.tensor([labelled[i].label for i in encoded.positions.tolist()])
     return Evaluated(
-        classify(encoded.features.mean(dim=1), class_KE, label_N),
+        classify(_averaged(encoded), class_KE, label_N),
         len(label_N),
         len(labelled),
         len(classes) * len(templates),
@@ -254,7 +255,7 @@ def answer(
         scores = np.split(judged_P, np.cumsum([len(texts) for texts in wanted])[:-1])
     else:
         text_TE = encode_texts(encoder.encode_text, tokens_TL, reading)
-        video_NE = encoded.features.mean(dim=1)
+        video_NE = _averaged(encoded)
         scores = [
             (text_TE[texts] @ video_E / temperature).softmax(dim=0).numpy()
             for texts, video_E in zip(wanted, video_NE, strict=True)
@@ -391,6 +392,13 @@ def _encode_readable(
             "the videos lie anywhere in --folder, under the names of the annotation",
         )
     return encoded
+
+
+def _averaged(encoded: Encoded) -> torch.Tensor:
+    """Returns one feature a clip, float32 [N, E] of unit length: the mean over its views."""
+    if encoded.features.shape[1] == 1:
+        return encoded.features[:, 0]
+    return F.normalize(encoded.features.mean(dim=1), dim=-1)
 
 
 def _texts_of(captioned: Sequence[Captioned]) -> tuple[list[str], np.ndarray]:
