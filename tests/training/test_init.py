@@ -703,15 +703,15 @@ def test_a_stage_1_run_and_a_stage_2_run_give_their_encoders(build, recipe, tmp_
     assert torch.equal(own[name], state[name])
 
 
-def test_a_run_of_the_same_kind_with_other_frames(build, recipe, tmp_path):
-    config = recipe(model=MOBILE)
-    state = random_state(_clip_network(MOBILE))
-    write_run(tmp_path / "run", config, state)
-    eight = {**MOBILE, "vision": {**VISION, "num_frames": 8}}
-    task, config = build({"kind": "checkpoint", "path": str(tmp_path / "run")}, eight)
+def test_a_run_of_the_same_kind_with_another_grid(build, recipe, tmp_path):
+    """Its recipe tells its frames, which the number of its positions does not."""
+    other = {**MOBILE, "vision": {**VISION, "num_frames": 3, "image_size": 56}}
+    state = random_state(_clip_network(other))
+    write_run(tmp_path / "run", recipe(model=other), state)
+    task, config = build({"kind": "checkpoint", "path": str(tmp_path / "run")}, MOBILE)
     initialise(task, config)
     assert fresh(task) == set()
-    expected = resize_positions(state["vision_encoder.pos_embed"], 8, 4, 2)
+    expected = resize_positions(state["vision_encoder.pos_embed"], 4, 3, 2)
     torch.testing.assert_close(task.network.vision_encoder.pos_embed.data, expected)
 
 

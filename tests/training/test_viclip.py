@@ -223,6 +223,9 @@ def test_patches_projected_are_the_published_convolution(model):
 def test_frozen_text_tower_does_no_gradient_work(recipe):
     model = ViCLIP(recipe(model__freeze_text=True).model).train()
     tokens = tokenise(["a red square"], 16)
+    assert not any(parameter.requires_grad for parameter in model.text_encoder.parameters())
+    assert not model.encode_text(tokens).requires_grad
+    model.text_encoder.requires_grad_(True)
     assert not model.encode_text(tokens).requires_grad
     video, text, temperature = model(torch.randn(1, 2, 3, 32, 32), tokens)
     (video @ text.T / temperature).sum().backward()
