@@ -50,8 +50,7 @@ def train_over_ray(
     output = output.resolve()
     output.mkdir(parents=True, exist_ok=True)
     try:
-        # Without an address Ray would join a cluster that happens to run here.
-        ray.init(address=address, log_to_driver=True)
+        ray.init(address=address, **_room(address, num_workers))
     except ConnectionError as error:
         raise EngineError(f"No Ray cluster at {address}: {error}") from error
     if not resume:
@@ -100,6 +99,11 @@ def _train(recipe: dict[str, Any]) -> None:
     os.environ["RANK"] = str(context.get_world_rank())
     set_up_logging()
     train(config_from_dict(recipe["config"], "the recipe"), Path(recipe["output"]), resume=True)
+
+
+def _room(address: str, num_workers: int) -> dict[str, int]:
+    """Returns options of a new cluster: Ray Train's own actors need CPUs beside the workers'."""
+    return {"num_cpus": max(os.cpu_count() or 1, num_workers + 2)} if address == "local" else {}
 
 
 def _set_aside(output: Path) -> None:
