@@ -82,12 +82,21 @@ def random_crop(
 def decode_jpegs(jpegs: list[bytes], size: int, crop: Crop) -> Frames:
     """Returns the cropped frames as squares of ``size`` pixels, aspect not kept.
 
-    A JPEG at least twice as large as needed is decoded at a half, a quarter or an eighth of its size.
+    Frames at least twice as large as needed are decoded at a half, a quarter or an eighth of their size.
 
     Raises:
         OSError: If a JPEG is broken.
     """
-    return _squares([_decode(jpeg, size, crop) for jpeg in jpegs], size, crop)
+    needed = (
+        math.ceil(size / (crop.right - crop.left)),
+        math.ceil(size / (crop.bottom - crop.top)),
+    )
+    # Opening reads the header alone. A clip's frames are of one size; another is decoded all the same.
+    with Image.open(io.BytesIO(jpegs[0])) as first:
+        is_large = first.width >= 2 * needed[0] and first.height >= 2 * needed[1]
+    if is_large:
+        return _squares([_drafted(jpeg, needed) for jpeg in jpegs], size, crop)
+    return _squares([_decoded(jpeg) for jpeg in jpegs], size, crop)
 
 
 def square_images(images: list[Image.Image], size: int, crop: Crop) -> Frames:
@@ -105,24 +114,25 @@ def normalise(
     return ((frames_BTHWC.to(dtype) / 255 - mean_C) / std_C).permute(0, 1, 4, 2, 3).contiguous()
 
 
-def _decode(jpeg: bytes, size: int, crop: Crop) -> torch.Tensor:
-    """Returns uint8 [H, W, 3], not much larger than needed for ``size`` pixels of the crop."""
+def _decoded(jpeg: bytes) -> torch.Tensor:
+    """Returns uint8 [H, W, 3]; a third faster than Pillow, but at full scale only."""
     # Imported late: it takes a second, and the MP4s are read without it.
     from torchvision.io import ImageReadMode, decode_jpeg
 
-    image = Image.open(io.BytesIO(jpeg))  # reads the header alone
-    needed = (
-        math.ceil(size / (crop.right - crop.left)),
-        math.ceil(size / (crop.bottom - crop.top)),
-    )
-    if image.format == "JPEG" and min(image.width / needed[0], image.height / needed[1]) < 2:
-        # torchvision decodes a third faster than Pillow, but at full scale only.
-        try:
-            data = torch.frombuffer(bytearray(jpeg), dtype=torch.uint8)
-            frame_CHW: Any = decode_jpeg(data, ImageReadMode.RGB)
-            return frame_CHW.permute(1, 2, 0)
-        except RuntimeError as error:
-            raise OSError(str(error).splitlines()[0]) from error
+    if not jpeg:
+        raise OSError("empty image")
+    try:
+        data = torch.frombuffer(bytearray(jpeg), dtype=torch.uint8)
+        frame_CHW: Any = decode_jpeg(data, ImageReadMode.RGB)
+    except RuntimeError as error:
+        # The message starts with a place in torchvision's source.
+        raise OSError(f"broken image: {str(error).split(', ')[-1]}") from error
+    return frame_CHW.permute(1, 2, 0)
+
+
+def _drafted(jpeg: bytes, needed: tuple[int, int]) -> torch.Tensor:
+    """Returns uint8 [H, W, 3] at the smallest scale that still has as many pixels as needed."""
+    image = Image.open(io.BytesIO(jpeg))
     image.draft("RGB", needed)
     return _pixels(image)
 
