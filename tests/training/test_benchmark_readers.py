@@ -83,6 +83,7 @@ def test_seeking_and_counting_find_the_same_frames(tmp_path, monkeypatch):
     path = write_video(tmp_path / "a.mp4", num_frames=40, codec="libx264", step=6)
     timeline = clips._read_timeline(path)
     assert len(timeline.key_tick) > 5
+    assert timeline.tick is not None
     monkeypatch.setattr(clips, "_pick_by_tick", lambda *_: {})
     counted = clips._pick(path, timeline, {0, 3, 4, 17, 18, 31, 39})
     monkeypatch.undo()

@@ -197,6 +197,22 @@ def test_multiple_choice(model, benchmark, run):
     assert found["results"]["chance"] == 0.25
 
 
+def test_several_right_options_are_measured_by_precision(model, tmp_path, run):
+    folder = tmp_path / "charades"
+    items = []
+    for number, (name, colour) in enumerate(COLOURS.items()):
+        write_video(folder / f"{name}.mp4", colour)
+        answer = [int(option in (number, 3)) for option in range(4)]
+        items.append({"video": f"{name}.mp4", "option": list(COLOURS), "answer": answer})
+    (folder / "charades_mc_test.json").write_text(json.dumps(items))
+    found, printed = run(model, "--benchmark", "charades_mc", "--folder", folder)
+    assert found["results"]["options"] == 4
+    # Option 3 is right for every video, the others for one of four each.
+    assert found["results"]["chance"] == pytest.approx((3 * 0.25 + 1) / 4)
+    assert 0.25 <= found["results"]["map"] <= 1
+    assert "mAP" in printed
+
+
 @pytest.fixture(scope="module")
 def coloured(tmp_path_factory):
     folder = tmp_path_factory.mktemp("coloured")
