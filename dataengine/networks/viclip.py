@@ -23,12 +23,6 @@ from dataengine.networks.config import TextTowerConfig, ViCLIPConfig, VideoTower
 from dataengine.networks.text import VOCAB_SIZE
 from dataengine.networks.transformer import LayerNorm, Transformer
 
-EXPORTED_CONFIG = "viclip_config.json"
-"""Shape of an exported model, beside its weights."""
-
-WEIGHTS = "model.safetensors"
-"""Weights of an exported model, or of a checkpoint."""
-
 MIN_TEMPERATURE = 0.01
 """CLIP and ViCLIP let similarities be scaled by no more than 100."""
 
