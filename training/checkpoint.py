@@ -21,10 +21,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict_loader import load as read_into
+from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from dataengine.errors import EngineError
 from training.config import TrainConfig, config_from_dict
@@ -57,7 +60,7 @@ class Writer:
         self._many = dist.is_initialized() and dist.get_world_size() > 1
         self._is_main = not self._many or dist.get_rank() == 0
         # Of its own: its messages must not mingle with those of the steps that go on meanwhile.
-        self._group = dist.new_group(backend="gloo") if self._many else None
+        self._group: Any = dist.new_group(backend="gloo") if self._many else None
         # Copies even what is in main memory, which the next step would overwrite.
         options = StagingOptions(torch.cuda.is_available(), False, False, False)
         self._stager = DefaultStager(options)
@@ -88,9 +91,9 @@ class Writer:
             temporary.mkdir(parents=True)
         if self._group:
             dist.barrier(group=self._group)
-        written = dcp.async_save(
+        written = async_save(
             dict(tensors),
-            storage_writer=dcp.FileSystemWriter(temporary),
+            storage_writer=FileSystemWriter(temporary),
             process_group=self._group,
             async_stager=self._stager,
             no_dist=not self._many,
@@ -109,7 +112,7 @@ class Writer:
             return
         try:
             running.result()
-        except dcp.CheckpointException as error:  # no Exception to torch
+        except CheckpointException as error:  # no Exception to torch
             failures = [failure[0] for failure in error.failures.values()]
             problem = "; ".join(" ".join(str(failure).split())[:200] for failure in failures)
             raise CheckpointError(f"A checkpoint could not be written: {problem}") from error
@@ -214,7 +217,7 @@ def read(folder: Path) -> dict[str, torch.Tensor]:
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in entries.items()
     }
-    dcp.load(dict(tensors), checkpoint_id=folder, no_dist=True)
+    read_into(dict(tensors), checkpoint_id=folder, no_dist=True)
     return tensors
 
 
@@ -227,7 +230,7 @@ def load(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     stored = _metadata(folder)
     _check(folder, stored, tensors, _STATE)
     with torch.no_grad():
-        dcp.load(dict(tensors), checkpoint_id=folder)
+        read_into(dict(tensors), checkpoint_id=folder)
 
 
 def load_weights(
@@ -268,8 +271,8 @@ def load_weights(
     _check(folder, relevant, wanted, _STATE)
     try:
         with torch.no_grad():
-            dcp.load(wanted, checkpoint_id=folder, no_dist=True)
-    except (OSError, RuntimeError, dcp.CheckpointException) as error:
+            read_into(wanted, checkpoint_id=folder, no_dist=True)
+    except (OSError, RuntimeError, CheckpointException) as error:
         raise CheckpointError(f"Checkpoint {folder} cannot be read: {error}") from error
 
 
@@ -291,7 +294,7 @@ def _metadata(folder: Path) -> dict[str, torch.Size]:
 
 def _entries(folder: Path) -> dict[str, TensorStorageMetadata]:
     try:
-        stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+        stored = FileSystemReader(folder).read_metadata().state_dict_metadata
     except (OSError, EOFError, ValueError, AttributeError) as error:
         raise CheckpointError(f"Checkpoint {folder} cannot be read: {error}") from error
     return {

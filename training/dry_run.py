@@ -117,7 +117,7 @@ def plan(config: TrainConfig, num_gpus: int, gpu_memory_gb: float) -> Plan:
         average=round(average),
         fixed=round(fixed),
         gpu_memory=memory,
-        steps={kind: step_plan(kind, step) for kind, step in steps.items()},
+        steps={kind: step_plan(kind, steps[kind]) for kind in config.data.mix},
     )
 
 

@@ -114,14 +114,14 @@ def clip_gradients(task: Task, limit: float) -> torch.Tensor:
     norm = (squared + _squared_norm(whole, device)).sqrt()
     if limit:
         factor = (limit / (norm + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_([*sharded, *whole], factor)
+        torch._foreach_mul_([*sharded, *whole], factor)  # pyright: ignore[reportPrivateImportUsage]
     return norm
 
 
 def _squared_norm(tensors: list[torch.Tensor], device: torch.device) -> torch.Tensor:
     if not tensors:
         return torch.zeros((), device=device)
-    return torch.stack(torch._foreach_norm(tensors)).square().sum()
+    return torch.stack(torch._foreach_norm(tensors)).square().sum()  # pyright: ignore[reportPrivateImportUsage]
 
 
 def is_finite(task: Task) -> bool:
@@ -129,7 +129,7 @@ def is_finite(task: Task) -> bool:
     parts = (local(parameter.detach()) for parameter in task.parameters())
     # A process may have no part of a tensor.
     weights = [part for part in parts if part.numel()]
-    norms = torch.stack(torch._foreach_norm(weights, torch.inf))
+    norms = torch.stack(torch._foreach_norm(weights, torch.inf))  # pyright: ignore[reportPrivateImportUsage]
     return not any_rank((~torch.isfinite(norms.max())).float().reshape(1))[0]
 
 

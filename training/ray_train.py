@@ -101,7 +101,7 @@ def _train(recipe: dict[str, Any]) -> None:
     train(config_from_dict(recipe["config"], "the recipe"), Path(recipe["output"]), resume=True)
 
 
-def _room(address: str, num_workers: int) -> dict[str, int]:
+def _room(address: str, num_workers: int) -> dict[str, Any]:
     """Returns options of a new cluster: Ray Train's own actors need CPUs beside the workers'."""
     return {"num_cpus": max(os.cpu_count() or 1, num_workers + 2)} if address == "local" else {}
 

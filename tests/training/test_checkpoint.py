@@ -118,7 +118,7 @@ def test_failed_write_is_told_and_leaves_no_checkpoint(save, tmp_path, monkeypat
     monkeypatch.setattr(dcp.FileSystemWriter, "write_data", full)
     writer = checkpoint.Writer(tmp_path, 2)
     writer.save(2, tensors_of(nn.Linear(3, 2), 2), {"config": {}})
-    with pytest.raises(CheckpointError, match="could not be written.*no space left"):
+    with pytest.raises(CheckpointError, match=r"could not be written.*no space left"):
         writer.wait()
     writer.close()
     monkeypatch.undo()
@@ -132,9 +132,9 @@ def test_weights_of_another_model_are_refused(save):
     folder = save(1)
     with pytest.raises(CheckpointError, match=r"of another shape model.network.weight \[2, 3\]"):
         checkpoint.load_weights(folder, nn.Linear(4, 2))
-    with pytest.raises(CheckpointError, match="left over model.network.bias"):
+    with pytest.raises(CheckpointError, match=r"left over model.network.bias"):
         checkpoint.load_weights(folder, nn.Linear(3, 2, bias=False))
-    with pytest.raises(CheckpointError, match="missing model.network.0.bias"):
+    with pytest.raises(CheckpointError, match=r"missing model.network.0.bias"):
         checkpoint.load_weights(folder, nn.Sequential(nn.Linear(3, 2)))
 
 
