@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     ray.add_argument("--ray", metavar="ADDRESS", help="a Ray cluster, or auto; local starts one")
     ray.add_argument("--num-workers", type=int, default=1, help="training processes (default: 1)")
     ray.add_argument(
-        "--gpus-per-worker", type=float, default=0.0, help="0 trains on CPUs (default)"
+        "--gpus-per-worker", type=float, help="default: 1 if the cluster has GPUs; 0 trains on CPUs"
     )
     ray.add_argument(
         "--max-failures", type=int, default=3, help="restarts after a lost worker (default: 3)"

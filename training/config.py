@@ -187,7 +187,7 @@ class DataConfig(NetworkConfig):
     """Clips per step over all processes: a run gives the same losses on one GPU and on many."""
     eval_batch_size: int = Field(default=64, gt=0)
     """Clips per process."""
-    shuffle_buffer: int = Field(default=2048, ge=1)
+    shuffle_buffer: int = Field(default=512, ge=1)
     """How far a clip may move from its row group's place in the epoch, in clips per lane."""
     num_workers: int = Field(default=0, ge=0)
     """Reader processes per training process; 0 reads in the training process itself. Changes
@@ -199,7 +199,8 @@ class DataConfig(NetworkConfig):
     """Independent read positions per slot, used by steps in turn. Reading is cheapest when
     ``num_workers`` divides it; changing it changes the batches."""
     cache_mb: int = Field(default=256, ge=1)
-    """Row groups each reader keeps in memory, MiB."""
+    """Row groups each reader keeps in memory, MiB. None is read twice if all readers of a process
+    together keep slots / processes x lanes x shuffle_buffer clips."""
     read_ahead: int = Field(default=1, ge=0)
     """Row groups each reader fetches before they are asked for, on object stores."""
     crop_scale: tuple[float, float] = (0.5, 1.0)
@@ -382,10 +383,21 @@ class TrainConfig(NetworkConfig):
         wanted = _OBJECTIVES.get(self.model.kind, "contrastive")
         if self.objective.kind != wanted:
             raise ValueError(f"a {self.model.kind} model is trained with a {wanted} objective")
-        if isinstance(self.model, InternVideo2Stage2Config):
-            return self
-        if set(self.data.mix) - {"video", "image"}:
-            raise ValueError(f"a {self.model.kind} model hears nothing: mix video and image alone")
+        model = self.model
+        hears = isinstance(model, InternVideo2Stage2Config) and model.audio is not None
+        if set(self.data.mix) - {"video", "image"} and not hears:
+            raise ValueError(
+                f"a {model.kind} model without model.audio hears nothing: mix video and image alone"
+            )
+        if (
+            isinstance(model, InternVideo2ClipConfig)
+            and isinstance(model.text, LlamaTextConfig)
+            and model.vision.embed_dim != model.embed_dim
+        ):
+            raise ValueError(
+                f"beside LLaMA the pooled feature is taken as it is: vision.embed_dim "
+                f"{model.vision.embed_dim} must be embed_dim {model.embed_dim}"
+            )
         return self
 
 

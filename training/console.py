@@ -28,6 +28,10 @@ def set_up_logging() -> None:
         stream=sys.stderr,
         level=logging.INFO if is_main_process() else logging.WARNING,
     )
+    # open_clip announces each step of loading through the root logger, huggingface_hub each file.
+    logging.getLogger("huggingface_hub").setLevel(logging.WARNING)
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(lambda record: record.name != "root" or record.levelno > logging.INFO)
 
 
 def run_command(command: Callable[[], int | None]) -> int:

@@ -20,7 +20,7 @@ def train_over_ray(
     *,
     address: str,
     num_workers: int,
-    gpus_per_worker: float,
+    gpus_per_worker: float | None,
     max_failures: int,
     resume: bool,
 ) -> int:
@@ -31,7 +31,7 @@ def train_over_ray(
         output: The run's folder; every worker sees it under this path.
         address: Of a cluster, ``auto`` for the one this machine belongs to, ``local`` for a new one here.
         num_workers: Training processes.
-        gpus_per_worker: 0 trains on CPUs.
+        gpus_per_worker: 0 trains on CPUs; None takes one where the cluster has any.
         max_failures: Restarts before the run is given up.
         resume: Whether to go on from what lies in ``output``.
 
@@ -46,13 +46,15 @@ def train_over_ray(
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
     except ImportError as error:
-        raise DependencyError("--ray needs Ray Train", 'pip install "ray[data,train]"') from error
+        raise DependencyError("--ray needs Ray Train", "uv sync --extra cluster") from error
     output = output.resolve()
     output.mkdir(parents=True, exist_ok=True)
     try:
         ray.init(address=address, **_room(address, num_workers))
     except ConnectionError as error:
         raise EngineError(f"No Ray cluster at {address}: {error}") from error
+    if gpus_per_worker is None:
+        gpus_per_worker = 1.0 if ray.cluster_resources().get("GPU") else 0.0
     if not resume:
         # Once, here: a restarted worker must not set aside what it is to go on from.
         _set_aside(output)

@@ -29,7 +29,7 @@ from training.data.batch import Inputs, Pairs
 from training.models import build_task
 from training.models.task import Task
 
-_FBANK = (998, 128)
+_FBANK = (998, 64)
 """Frames and mel bins of 10 s of sound."""
 
 _CLIPS = 32

@@ -79,7 +79,11 @@ class Trainer:
         self.config, self.output, self.world = config, output, world
         self.spec = inputs_of(config.model)
         self._prepare_output(resume)
+        if not world.is_main:
+            barrier()  # the first process reads the catalogs and keeps their index, the others take it
         self.corpora = open_corpora(config, output / "cache")
+        if world.is_main:
+            barrier()
         self.loader = self.corpora.train_loader(
             seed=config.run.seed, rank=world.rank, world_size=world.size
         )
