@@ -34,7 +34,7 @@ class Average:
     @torch.no_grad()
     def update(self) -> None:
         """Takes the weights in after a step."""
-        torch._foreach_lerp_(
+        torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]  torch's own way
             [local(tensor) for tensor in self.tensors.values()],
             [local(weight.detach()) for weight in self._weights.values()],
             1 - self._decay,

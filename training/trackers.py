@@ -49,7 +49,7 @@ class _TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise DependencyError(
-                "run.trackers names tensorboard, which is not installed", "pip install tensorboard"
+                "run.trackers names tensorboard, which is not installed", "uv sync --extra track"
             ) from error
         self._writer = SummaryWriter(str(output / "tensorboard"))
 
@@ -64,10 +64,10 @@ class _TensorBoard:
 class _WandB:
     def __init__(self, output: Path, config: dict[str, Any]) -> None:
         try:
-            import wandb
+            import wandb  # pyright: ignore[reportMissingImports]  an extra
         except ImportError as error:
             raise DependencyError(
-                "run.trackers names wandb, which is not installed", "pip install wandb"
+                "run.trackers names wandb, which is not installed", "uv sync --extra track"
             ) from error
         # The run's name is its folder's, so that a run that goes on is the same run there.
         self._run = wandb.init(
