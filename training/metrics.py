@@ -53,12 +53,15 @@ class Progress:
         self._flops += flops
         self._waited += waited_s
 
-    def log(self, step: int, values: dict[str, float], peak_flops: float | None) -> None:
-        """Writes one line for the steps since the last.
+    def log(
+        self, step: int, values: dict[str, float], peak_flops: float | None, kind: str = ""
+    ) -> None:
+        """Writes one line: losses of this step, speed of the steps since the last line.
 
         Args:
             step: Steps done.
             values: ``loss``, ``lr`` and ``grad_norm`` among them.
+            kind: Of media, where kinds take turns and losses of one cannot be compared with another's.
             peak_flops: Of the device, FLOPs a second; None leaves the utilisation out.
         """
         now = time.monotonic()
@@ -74,15 +77,18 @@ class Progress:
         known = {"loss", "lr", "grad_norm", "clips_per_s", "waiting", "mfu", "skipped_steps"}
         others = "".join(f"  {n} {v:.4g}" for n, v in values.items() if n not in known)
         logger.info(
-            "step %d/%d  loss %.4f%s  grad %.2f  lr %.2e  %.0f clips/s%s  eta %d:%02d",
+            "step %d/%d%s  loss %.4f%s  grad %.2f  lr %.2e  %.0f clips/s%s%s  eta %d:%02d",
             step,
             self._total_steps,
+            f"  {kind}" if kind else "",
             values["loss"],
             others,
             values["grad_norm"],
             values["lr"],
             values["clips_per_s"],
             f"  MFU {100 * values['mfu']:.1f} %" if "mfu" in values else "",
+            # Worth a word only where reading holds the training up.
+            f"  waiting {100 * values['waiting']:.0f} %" if values["waiting"] > 0.05 else "",
             left_s // 60,
             left_s % 60,
         )

@@ -164,7 +164,8 @@ class Trainer:
             if self.step % run.log_every == 0 or ends:
                 numbers = self._numbers(values)
                 if progress:
-                    progress.log(self.step, numbers, self._peak_flops)
+                    kind = batch.kind if len(self.config.data.mix) > 1 else ""
+                    progress.log(self.step, numbers, self._peak_flops, kind)
             started = time.monotonic()
             if run.eval_every and self.step % run.eval_every == 0 and not ends:
                 self._measure("", progress)
