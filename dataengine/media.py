@@ -655,7 +655,10 @@ def read_audio(source: str | bytes, rate: int = 16_000) -> np.ndarray:
             return np.zeros(0, np.float32)
         stream.codec_context.thread_count = 1
         start_us = container.start_time or 0
-        resampler = av.AudioResampler(format="flt", layout="mono", rate=rate)
+        # Two channels are averaged here: libav's own mix to mono adds them, 3 dB too loud, and what is
+        # loud would be cut off.
+        layout = "stereo" if stream.codec_context.channels > 2 else None
+        resampler = av.AudioResampler(format="fltp", layout=layout, rate=rate)
         pieces: list[np.ndarray] = []
         length = 0
         for sound in _sounds(container, stream):
@@ -668,10 +671,10 @@ def read_audio(source: str | bytes, rate: int = 16_000) -> np.ndarray:
                     length += hole
             sound.pts = None
             for piece in resampler.resample(sound):
-                pieces.append(piece.to_ndarray().reshape(-1))
+                pieces.append(piece.to_ndarray().mean(axis=0))
                 length += len(pieces[-1])
         if pieces:
-            pieces += [piece.to_ndarray().reshape(-1) for piece in resampler.resample(None)]
+            pieces += [piece.to_ndarray().mean(axis=0) for piece in resampler.resample(None)]
         # libav decodes the last packet whole, also where an MP4's edit list ends inside it.
         length = None
         if "mp4" in container.format.name and stream.duration:

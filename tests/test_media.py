@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import struct
+import wave
 from pathlib import Path
 
 import av
@@ -505,3 +506,17 @@ def test_sound_can_be_read_from_bytes_at_any_rate(plain):
 def test_no_sound_is_an_empty_array(tmp_path):
     sound = media.read_audio(str(make_video(tmp_path / "mute.mp4", shot_frames=(3,))))
     assert sound.shape == (0,)
+
+
+def test_two_channels_are_averaged(tmp_path):
+    path = tmp_path / "stereo.wav"
+    time_S = np.arange(16_000) / 16_000
+    wave_S = 0.9 * np.sin(2 * np.pi * 440 * time_S)
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(2)
+        file.setsampwidth(2)
+        file.setframerate(16_000)
+        both = np.stack([wave_S, wave_S], axis=1)
+        file.writeframes((both * 32767).astype("<i2").tobytes())
+    sound = media.read_audio(str(path))
+    np.testing.assert_allclose(sound[:16_000], wave_S, atol=1e-3)
