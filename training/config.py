@@ -416,6 +416,8 @@ class InputSpec:
     pixel_std: tuple[float, float, float]
     fbank: bool = False
     """Whether steps with sound are to be expected."""
+    mask_id: int | None = None
+    """Id of BERT's [MASK], which the tokenizer must agree with."""
 
 
 def inputs_of(model: ModelConfig) -> InputSpec:
@@ -441,6 +443,7 @@ def inputs_of(model: ModelConfig) -> InputSpec:
             return InputSpec(
                 vision.num_frames, vision.image_size, "bert", name,
                 model.context_length, *pixels, fbank=model.audio is not None,
+                mask_id=model.text.mask_id,
             )  # fmt: skip
         case InternVideo2ClipConfig():
             vision, text = model.vision, model.text

@@ -148,14 +148,13 @@ def bert_reader(tokenizer: str, context_length: int, *, clean: bool) -> TextRead
     """
     from transformers import AutoTokenizer
 
-    from dataengine.networks.text import clean_caption
+    from dataengine.networks.text import bert_tokens, clean_caption
 
     loaded = load_processor(AutoTokenizer, tokenizer)
 
     def read(texts: Sequence[str]) -> "torch.Tensor":
         cleaned = [clean_caption(text) if clean else text for text in texts]
-        rows = loaded(cleaned, truncation=True, max_length=context_length)["input_ids"]
-        return _padded(rows, context_length)
+        return bert_tokens(loaded, cleaned, context_length)
 
     return read
 
@@ -173,23 +172,15 @@ def llama_reader(tokenizer: str, context_length: int, *, clean: bool) -> TextRea
     """
     from transformers import AutoTokenizer
 
-    from dataengine.networks.text import clean_caption
+    from dataengine.networks.text import clean_caption, llama_tokens
 
     loaded = load_processor(AutoTokenizer, tokenizer)
-    start, end = loaded.bos_token_id, loaded.eos_token_id
 
     def read(texts: Sequence[str]) -> "torch.Tensor":
-        prompts = [f"summarize:{clean_caption(text) if clean else text}" for text in texts]
-        rows = loaded(prompts, add_special_tokens=False)["input_ids"]
-        return _padded([[start, *row[: context_length - 2], end] for row in rows], context_length)
+        cleaned = [clean_caption(text) if clean else text for text in texts]
+        return llama_tokens(loaded, cleaned, context_length)
 
     return read
-
-
-def _padded(rows: Sequence[Sequence[int]], length: int) -> "torch.Tensor":
-    import torch
-
-    return torch.tensor([[*row, *[0] * (length - len(row))] for row in rows]).view(-1, length)
 
 
 def _exact(features: Any) -> Sequence[np.ndarray]:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tokenizers of the three text encoders, each made here from a few words."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -87,3 +89,10 @@ def test_word_with_the_id_of_padding_is_refused(bert):
     (bert / "vocab.txt").write_text("\n".join([*WORDS[::-1]]))
     with pytest.raises(DependencyError, match="id 0"):
         build_tokenizer(spec("bert", bert))
+
+
+def test_tokenizer_whose_mask_is_not_the_models_is_refused(bert):
+    agreeing = replace(spec("bert", bert), mask_id=4)
+    assert build_tokenizer(agreeing)(["a"]).shape == (1, 8)
+    with pytest.raises(ConfigError, match=r"\[MASK\] is 4 .* and 103 to the model"):
+        build_tokenizer(replace(agreeing, mask_id=103))

@@ -9,14 +9,11 @@ from typing import Any
 import torch
 
 from dataengine.errors import ConfigError, DependencyError
-from dataengine.networks.text import tokenise
+from dataengine.networks.text import bert_tokens, llama_tokens, tokenise
 from training.config import InputSpec
 
 Tokenizer = Callable[[list[str]], torch.Tensor]
 """Captions to int64 [B, L], padded with 0; an id is 0 nowhere but where there is no word."""
-
-LLAMA_PROMPT = "summarize:"
-"""What InternVL-C's text encoder was trained to read before a caption."""
 
 
 def build_tokenizer(spec: InputSpec) -> Tokenizer:
@@ -30,40 +27,30 @@ def build_tokenizer(spec: InputSpec) -> Tokenizer:
 
     Raises:
         DependencyError: If the tokenizer's files are not there.
-        ConfigError: If they hold another kind of tokenizer.
+        ConfigError: If they hold another kind of tokenizer, or one whose [MASK] is not the model's.
     """
     length = spec.context_length
     match spec.tokenizer:
         case "clip":
             return functools.partial(tokenise, context_length=length)
         case "bert":
-            return functools.partial(
-                _bert, _loaded("BertTokenizerFast", spec.tokenizer_name), length
-            )
+            bert = _loaded("BertTokenizerFast", spec.tokenizer_name)
+            if spec.mask_id not in (None, bert.mask_token_id):
+                raise ConfigError(
+                    f"[MASK] is {bert.mask_token_id} to the tokenizer {spec.tokenizer_name} and "
+                    f"{spec.mask_id} to the model",
+                    f"--set model.text.mask_id={bert.mask_token_id}",
+                )
+            return lambda captions: bert_tokens(bert, captions, length)
         case "llama":
-            return functools.partial(_llama, _loaded("LlamaTokenizer", spec.tokenizer_name), length)
+            llama = _loaded("LlamaTokenizer", spec.tokenizer_name)
+            return lambda captions: llama_tokens(llama, captions, length)
         case "none":
             return _nothing
 
 
-def _bert(tokenizer: Any, length: int, captions: list[str]) -> torch.Tensor:
-    rows = tokenizer(captions, max_length=length, truncation=True)["input_ids"]
-    return _padded(rows, length)
-
-
-def _llama(tokenizer: Any, length: int, captions: list[str]) -> torch.Tensor:
-    prompts = [LLAMA_PROMPT + caption for caption in captions]
-    rows = tokenizer(prompts, add_special_tokens=False)["input_ids"]
-    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
-    return _padded([[start, *row[: length - 2], end] for row in rows], length)
-
-
 def _nothing(captions: list[str]) -> torch.Tensor:
     return torch.zeros(len(captions), 0, dtype=torch.int64)
-
-
-def _padded(rows: list[list[int]], length: int) -> torch.Tensor:
-    return torch.tensor([row + [0] * (length - len(row)) for row in rows]).view(-1, length)
 
 
 @functools.cache
