@@ -8,6 +8,7 @@ the same recipe, batch size and number of steps, and all models are asked the sa
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -193,6 +194,8 @@ def _names(data: Sequence[str]) -> list[str]:
 
 def _equal_steps(config: TrainConfig, data: Sequence[str]) -> int:
     """Returns the steps of every run: the recipe's, or its epochs over the smallest set."""
+    if config.optim.steps:
+        return config.optim.steps
     from training.data.corpora import open_corpora
 
     steps: list[int] = []
@@ -202,8 +205,8 @@ def _equal_steps(config: TrainConfig, data: Sequence[str]) -> int:
             update={"data": config.data.model_copy(update={"sources": sources})}
         )
         loader = open_corpora(own).train_loader(seed=0)
-        steps.append(round((config.optim.epochs or 0) * loader.steps_per_epoch))
-    return config.optim.steps or max(1, min(steps))
+        steps.append(math.ceil((config.optim.epochs or 0) * loader.steps_per_epoch))
+    return min(steps)
 
 
 def _train(recipe: str, data: str, overrides: Sequence[str], run: Path, processes: int) -> None:
