@@ -361,6 +361,31 @@ def test_ucf101(tmp_path):
     assert [label for _, label in read(benchmarks.ucf101, tmp_path, "train").clips] == [1]
 
 
+def test_videos_below_linked_folders_are_found_once(tmp_path):
+    folder = tmp_path / "benchmark"
+    write(tmp_path / "elsewhere" / "deep" / "a.mp4", "")
+    write(tmp_path / "elsewhere" / "labels.txt", "")
+    write(folder / "videos" / "b.mp4", "")
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    # A second way to the same files, and two that lead back up.
+    (folder / "again").symlink_to(folder / "videos")
+    (folder / "videos" / "up").symlink_to(folder)
+    (tmp_path / "elsewhere" / "deep" / "up").symlink_to(tmp_path / "elsewhere")
+    (folder / "nowhere").symlink_to(tmp_path / "gone")
+    found = Folder(folder)
+    assert found.clip("a").path == folder / "linked" / "deep" / "a.mp4"
+    assert found.clip("videos/b.mp4").path == folder / "videos" / "b.mp4"
+    assert found.file("labels.txt") == folder / "linked" / "labels.txt"
+
+
+def test_hmdb51_reads_linked_splits(tmp_path):
+    write(tmp_path / "elsewhere" / "wave_test_split1.txt", "c.avi 2")
+    write(tmp_path / "hmdb" / "a" / "zoom_test_split1.txt", "d.avi 2")
+    (tmp_path / "hmdb" / "z").symlink_to(tmp_path / "elsewhere")
+    # In alphabetical order of the classes, not of the folders.
+    assert read(benchmarks.hmdb51, tmp_path / "hmdb").classes == ("wave", "zoom")
+
+
 def test_hmdb51(tmp_path):
     splits = tmp_path / "testTrainMulti_7030_splits"
     write(splits / "brush_hair_test_split1.txt", "a.avi 1 \nb.avi 2 \nc.avi 0 \n")

@@ -7,6 +7,7 @@ name. Nothing is downloaded. Of an annotation only what evaluation needs is read
 
 import csv
 import json
+import os
 import pickle
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -71,7 +72,7 @@ class Folder:
         self.path = path
         self._by_name: dict[str, list[Path]] = {}
         self._videos: dict[str, list[Path]] = {}
-        for file in sorted(path.rglob("*")):
+        for file in sorted(_files_below(path)):
             if file.suffix.lower() in VIDEO_SUFFIXES:
                 self._videos.setdefault(file.stem, []).append(file)
             else:
@@ -93,6 +94,10 @@ class Folder:
             f"No {' or '.join(names)} in {self.path}",
             "the benchmark's own annotation files belong into this folder, under their own names",
         )
+
+    def ending(self, suffix: str) -> list[str]:
+        """Returns the names of files, not videos, that end so, in alphabetical order."""
+        return sorted(name for name in self._by_name if name.endswith(suffix))
 
     def has(self, name: str) -> bool:
         """Returns whether there is a file of this name."""
@@ -313,17 +318,16 @@ def hmdb51(folder: Folder, split: Split) -> Labels:
     ``CLASS_test_split1.txt`` for each class (VIDEO.avi and 1 for training, 2 for testing, 0 for neither).
     """
     suffix = "_test_split1.txt"
-    files = sorted(folder.path.rglob(f"*{suffix}"))
-    if not files:
+    names = [file.removesuffix(suffix) for file in folder.ending(suffix)]
+    if not names:
         raise ConfigError(
             f"No CLASS{suffix} in {folder.path}", "unpack test_train_splits.rar there"
         )
-    names = [file.name.removesuffix(suffix) for file in files]
     mark = "2" if split == "test" else "1"
     clips = [
         Labelled(folder.clip(f"{name}/{line.split()[0]}"), number)
-        for number, (name, file) in enumerate(zip(names, files, strict=True))
-        for line in _lines(file)
+        for number, name in enumerate(names)
+        for line in _lines(folder.file(name + suffix))
         if line.split()[1] == mark
     ]
     return Labels(tuple(name.replace("_", " ") for name in names), clips)
@@ -489,6 +493,23 @@ def _classes(number_of: dict[str, int], path: Path) -> tuple[str, ...]:
     if sorted(by_number) != list(range(len(number_of))):
         raise ConfigError(f"{path}: classes are not numbered one after the other")
     return tuple(by_number[number] for number in range(len(by_number)))
+
+
+def _files_below(top: Path) -> Iterator[Path]:
+    """Yields all files of a folder and of folders that it links to, each folder's once."""
+    seen: set[str] = set()
+    # Links come last, so that a folder's own path is preferred and links that lead back up end.
+    waiting = [str(top)]
+    for start in waiting:
+        for at, folders, files in os.walk(start):
+            real = os.path.realpath(at)
+            if real in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            yield from (Path(at, name) for name in files)
+            paths = (os.path.join(at, name) for name in sorted(folders))
+            waiting.extend(path for path in paths if os.path.islink(path))
 
 
 def _only_test(split: Split, name: str) -> None:
