@@ -3,6 +3,7 @@
 
 import json
 import os
+import shutil
 import socket
 from dataclasses import replace
 
@@ -238,6 +239,33 @@ def test_probes_learn_colours_from_random_weights(model, coloured, run, how):
     assert found["results"]["clips"] == 12
     assert found["left_out"].keys() == {"gone_train.mp4", "gone_val.mp4"}
     assert "evaluated on 12 of 13 clips" in printed
+
+
+@pytest.mark.parametrize(("gone", "split"), [("train", "training"), ("val", "test")])
+@pytest.mark.parametrize("cache_gb", [1, 1e-9])
+def test_a_probe_needs_videos_of_both_splits(
+    model, coloured, tmp_path, run, caplog, gone, split, cache_gb
+):
+    caplog.set_level("INFO")
+    shutil.copytree(coloured, tmp_path / "part")
+    shutil.rmtree(tmp_path / "part" / gone)
+    _, printed = run(
+        model, "--benchmark", "labels", "--folder", tmp_path / "part", "--probe", "linear",
+        "--cache-gb", cache_gb, code=1,
+    )  # fmt: skip
+    number = {"train": 25, "val": 13}[gone]
+    assert f"None of {number} {split} videos can be read; {gone}_red_0.mp4: " in printed
+    # It is told before the training that it would waste.
+    assert "Traceback" not in printed
+    assert "probe  epoch" not in caplog.text
+
+
+def test_a_probe_needs_an_annotation_of_both_splits(model, coloured, tmp_path, run):
+    shutil.copytree(coloured, tmp_path / "part")
+    (tmp_path / "part" / "val.csv").write_text("")
+    arguments = "--benchmark", "labels", "--folder", tmp_path / "part", "--probe", "linear"
+    _, printed = run(model, *arguments, code=1)
+    assert "The annotation names no test videos" in printed
 
 
 @pytest.mark.parametrize("batch_size", [5, 7, 100])

@@ -304,7 +304,8 @@ def probe(
         cache_gb: Main memory for features, GB.
 
     Raises:
-        EngineError: If the model has no features to probe, or the folder is not the benchmark's.
+        EngineError: If the model has no features to probe, the folder is not the benchmark's, or
+            no video of a split can be read.
     """
     if reading.world.size > 1:
         raise ConfigError("A probe is trained by one process")
@@ -315,6 +316,8 @@ def probe(
     if classes != test_classes:
         raise ConfigError(f"{name}: training and test split in {folder} have other classes")
     device = reading.world.device
+    # Tried first, as training takes long.
+    _first_features(features, [clip for clip, _ in test], reading, "test")
     torch.manual_seed(config.seed)
     failures: dict[str, str] = {}
     batches, num_train, width = _training_features(
@@ -343,10 +346,7 @@ def _training_features(
     """Returns batches of training features, how many clips they hold, and their width."""
     reading = replace(reading, views=Views())
     clips = [clip for clip, _ in train]
-    first = next(read_features(features, clips, reading, failures), None)
-    if first is None:
-        raise EngineError("None of the training videos can be read")
-    shape = first[1].shape[2:]
+    shape = _first_features(features, clips, reading, "training").shape[2:]
     size_gb = 4e-9 * len(clips) * int(np.prod(shape))
     if not augment and size_gb <= cache_gb:
         parts = list(read_features(features, clips, reading, failures))
@@ -375,6 +375,23 @@ def _training_features(
     return read_anew, len(clips), shape[-1]
 
 
+def _first_features(
+    features: Callable[[torch.Tensor], torch.Tensor],
+    clips: Sequence[Clip],
+    reading: Reading,
+    split: str,
+) -> torch.Tensor:
+    """Returns features of the first batch with a clip that can be read, [B, V, ...].
+
+    Raises:
+        EngineError: If there is none.
+    """
+    failures: dict[str, str] = {}
+    for _, part in read_features(features, clips, reading, failures):
+        return part
+    raise _nothing_to_read(f"{split} videos", len(clips), failures)
+
+
 def _labels(labelled: Sequence[Labelled], positions: torch.Tensor) -> torch.Tensor:
     return torch.tensor([labelled[position][1] for position in positions.tolist()])
 
@@ -382,16 +399,20 @@ def _labels(labelled: Sequence[Labelled], positions: torch.Tensor) -> torch.Tens
 def _encode_readable(
     encode: Callable[[torch.Tensor], torch.Tensor], clips: Sequence[Clip], reading: Reading
 ) -> Encoded:
-    if not clips:
-        raise EngineError("The annotation names no videos")
-    encoded = encode_clips(encode, clips, reading)
-    if not len(encoded.positions):
-        name, reason = next(iter(encoded.failures.items()))
-        raise EngineError(
-            f"None of {len(clips)} videos can be read; {name}: {reason}",
-            "the videos lie anywhere in --folder, under the names of the annotation",
-        )
+    encoded = encode_clips(encode, clips, reading) if clips else None
+    if encoded is None or not len(encoded.positions):
+        raise _nothing_to_read("videos", len(clips), encoded.failures if encoded else {})
     return encoded
+
+
+def _nothing_to_read(videos: str, number: int, failures: dict[str, str]) -> EngineError:
+    if not number:
+        return EngineError(f"The annotation names no {videos}")
+    name, reason = next(iter(failures.items()))
+    return EngineError(
+        f"None of {number} {videos} can be read; {name}: {reason}",
+        "the videos lie anywhere in --folder, under the names of the annotation",
+    )
 
 
 def _averaged(encoded: Encoded) -> torch.Tensor:
