@@ -135,7 +135,10 @@ def _parser() -> argparse.ArgumentParser:
         "--probe", choices=("linear", "attentive"),
         help="train a classifier on frozen features: on the pooled one, or pooling all tokens anew",
     )  # fmt: skip
-    probe.add_argument("--epochs", type=_positive, help="default: 15, attentive 25")
+    probe.add_argument(
+        "--epochs", type=_positive,
+        help="default: 15, attentive 25; fewer keep a fifth as warm-up",
+    )  # fmt: skip
     probe.add_argument(
         "--lr", type=_above_zero, help="per 256 clips; default: 1e-3, attentive 2e-4"
     )
@@ -339,6 +342,10 @@ def _probe_config(given: argparse.Namespace) -> "ProbeConfig":
 
     named = {"epochs": given.epochs, "lr": given.lr, "batch_size": given.probe_batch}
     config = replace(DEFAULTS[given.probe], seed=given.seed)
+    if given.epochs is not None and given.epochs < config.epochs:
+        # The published share: otherwise a few epochs would be nothing but warm-up.
+        share = given.epochs / config.epochs
+        config = replace(config, warmup_epochs=config.warmup_epochs * share)
     return replace(config, **{name: value for name, value in named.items() if value is not None})
 
 

@@ -23,7 +23,7 @@ from training.config import InputSpec, config_from_dict
 from training.data.batch import Batch
 from training.data.text import build_tokenizer
 from training.distributed import World, start
-from training.evaluate import main
+from training.evaluate import _parser, _probe_config, main
 from training.evaluation.benchmarks import Folder, label_list
 from training.evaluation.clips import Clip, decode, squares
 from training.evaluation.encode import Reading, evaluate, in_step
@@ -266,6 +266,22 @@ def test_a_probe_needs_an_annotation_of_both_splits(model, coloured, tmp_path, r
     arguments = "--benchmark", "labels", "--folder", tmp_path / "part", "--probe", "linear"
     _, printed = run(model, *arguments, code=1)
     assert "The annotation names no test videos" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "warmup"),
+    [
+        (["linear"], 3),
+        (["linear", "--epochs", "3"], 0.6),
+        (["linear", "--epochs", "30"], 3),
+        (["attentive"], 5),
+        (["attentive", "--epochs", "5"], 1),
+    ],
+)
+def test_a_shorter_probe_warms_up_for_the_same_share(arguments, warmup):
+    parser = _parser()
+    given = parser.parse_args(["m", "--benchmark", "b", "--folder", "f", "--probe", *arguments])
+    assert _probe_config(given).warmup_epochs == pytest.approx(warmup)
 
 
 @pytest.mark.parametrize("batch_size", [5, 7, 100])
