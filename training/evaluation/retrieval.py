@@ -43,7 +43,7 @@ class Ranking:
     num_candidates: int
     hits: dict[int, NDArray[np.float64]] = field(repr=False, compare=False)
     """For each k, each query's probability of a right candidate among the first k: 0 or 1 but for
-    ties. What `bootstrap` and `paired_difference` take."""
+    ties. What `bootstrap` takes."""
     group: NDArray[np.int64] | None = field(default=None, repr=False, compare=False)
     """Equal for queries that have an answer in common: they are no independent evidence."""
 
@@ -236,23 +236,6 @@ def rank_scores(
     return _ranking(np.concatenate(counted, axis=1), num_candidates, pairs[first_Q, 1])
 
 
-def rank_candidates(similarity_QC: NDArray[np.floating], right_QC: NDArray[np.bool_]) -> Ranking:
-    """Returns the recalls of a matrix of similarities that fits into memory.
-
-    Args:
-        similarity_QC: Higher is closer.
-        right_QC: Which candidates answer a query; at least one each.
-
-    Raises:
-        ValueError: If a similarity is not finite or a query has no answer.
-    """
-    if not len(similarity_QC):
-        raise ValueError("every query needs a right candidate")
-    similarity = torch.from_numpy(np.asarray(similarity_QC, dtype=np.float64))
-    counted = _count(similarity, *torch.from_numpy(right_QC).nonzero().T)
-    return _ranking(counted, similarity_QC.shape[1], right_QC.argmax(axis=1))
-
-
 def blocks(num_queries: int, num_candidates: int) -> list[tuple[int, int]]:
     """Returns where blocks of queries start and stop, so that one's scores fit `BLOCK_SCORES`."""
     size = max(1, BLOCK_SCORES // max(num_candidates, 1))
@@ -361,38 +344,3 @@ def bootstrap(
     means = (drawn @ alike[:, 0]) / (drawn @ alike[:, 1])
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
-
-
-def paired_difference(
-    hits_a_Q: NDArray[np.floating],
-    hits_b_Q: NDArray[np.floating],
-    groups_Q: NDArray[np.integer] | None = None,
-    *,
-    samples: int = 10_000,
-    level: float = 0.95,
-    seed: int = 0,
-) -> tuple[float, float, float]:
-    """Returns by how much a beats b on the same queries, and its confidence interval.
-
-    Drawing the difference of each query rather than two means apart takes out what both models find
-    hard, so that small differences show.
-
-    Args:
-        hits_a_Q: As for `bootstrap`.
-        hits_b_Q: The other model's, for the same queries in the same order.
-        groups_Q: As for `bootstrap`.
-        samples: Draws.
-        level: Share of the draws inside the interval.
-        seed: Equal seeds give equal intervals.
-
-    Returns:
-        Mean of a minus b, low and high.
-
-    Raises:
-        ValueError: If the queries are not as many.
-    """
-    if len(hits_a_Q) != len(hits_b_Q):
-        raise ValueError(f"{len(hits_a_Q)} and {len(hits_b_Q)} queries cannot be compared in pairs")
-    difference_Q = np.asarray(hits_a_Q, np.float64) - np.asarray(hits_b_Q, np.float64)
-    low, high = bootstrap(difference_Q, groups_Q, samples=samples, level=level, seed=seed)
-    return float(difference_Q.mean()), low, high
