@@ -11,15 +11,17 @@ class EngineError(Exception):
     """
 
     exit_code = 1
+    is_shared = False
+    """Whether every process of a training run has it, so that one voice is enough."""
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
 
-    def __reduce__(self) -> tuple[type["EngineError"], tuple[str, str]]:
+    def __reduce__(self) -> tuple[type["EngineError"], tuple[str, str], dict[str, bool]]:
         # Exceptions cross process boundaries; the default pickle would lose the hint.
-        return type(self), (self.message, self.hint)
+        return type(self), (self.message, self.hint), {"is_shared": self.is_shared}
 
 
 class ConfigError(EngineError):

@@ -59,30 +59,55 @@ def _parser() -> argparse.ArgumentParser:
         default=True,
         help="go on from the newest checkpoint in --output (default), or set it aside",
     )
+    parser.add_argument(
+        "--accept-changes",
+        action="store_true",
+        help="go on from a checkpoint although the recipe now says something else",
+    )
     dry = parser.add_argument_group("without training")
     dry.add_argument(
         "--dry-run",
         action="store_true",
         help="print parameters, FLOPs, memory per GPU and the batch that fits; reads no data",
     )
-    dry.add_argument("--num-gpus", type=int, default=8, help="GPUs to plan for (default: 8)")
-    dry.add_argument(
-        "--gpu-memory-gb", type=float, default=80.0, help="memory of each, GB (default: 80)"
-    )
+    dry.add_argument("--num-gpus", type=int, help="GPUs to plan for (default: 8)")
+    dry.add_argument("--gpu-memory-gb", type=float, help="memory of each, GB (default: 80)")
     dry.add_argument("--json", action="store_true", help="print the plan as JSON")
     ray = parser.add_argument_group("over Ray Train")
     ray.add_argument("--ray", metavar="ADDRESS", help="a Ray cluster, or auto; local starts one")
-    ray.add_argument("--num-workers", type=int, default=1, help="training processes (default: 1)")
+    ray.add_argument("--num-workers", type=int, help="training processes (default: 1)")
     ray.add_argument(
         "--gpus-per-worker", type=float, help="default: 1 if the cluster has GPUs; 0 trains on CPUs"
     )
-    ray.add_argument(
-        "--max-failures", type=int, default=3, help="restarts after a lost worker (default: 3)"
-    )
+    ray.add_argument("--max-failures", type=int, help="restarts after a lost worker (default: 3)")
     return parser
 
 
+def _check(given: argparse.Namespace) -> None:
+    """Raises ConfigError for an option that would be without effect, or of a wrong value."""
+    for mode, options in (
+        ("ray", ("num_workers", "gpus_per_worker", "max_failures")),
+        ("dry_run", ("num_gpus", "gpu_memory_gb")),
+    ):
+        for option in options:
+            name, value = f"--{option.replace('_', '-')}", getattr(given, option)
+            if value is not None and not getattr(given, mode):
+                raise ConfigError(
+                    f"{name} is of use with --{mode.replace('_', '-')} alone",
+                    "torchrun --nproc-per-node N -m training ... trains in N processes, --set "
+                    "data.num_workers=N reads in N"
+                    if option == "num_workers"
+                    else "",
+                )
+            least = 0 if option in ("gpus_per_worker", "max_failures") else 1e-9
+            if value is not None and value < least:
+                raise ConfigError(f"{name} {value} is too small")
+    if given.json and not given.dry_run:
+        raise ConfigError("--json is of use with --dry-run alone")
+
+
 def _run(given: argparse.Namespace) -> int:
+    _check(given)
     config = load_recipe(given.recipe, given.overrides)
     if given.init:
         config = config.model_copy(update={"init": tuple(map(parse_init, given.init))})
@@ -93,7 +118,8 @@ def _run(given: argparse.Namespace) -> int:
     if given.dry_run:
         from training.dry_run import print_plan
 
-        print_plan(config, given.num_gpus, given.gpu_memory_gb, as_json=given.json)
+        num_gpus, memory_gb = given.num_gpus or 8, given.gpu_memory_gb or 80.0
+        print_plan(config, num_gpus, memory_gb, as_json=given.json)
         return 0
     if not config.data.sources:
         raise ConfigError("No corpus to train on", "--data CORPUS, or data.sources in the recipe")
@@ -105,22 +131,23 @@ def _run(given: argparse.Namespace) -> int:
             config,
             output,
             address=given.ray,
-            num_workers=given.num_workers,
+            num_workers=given.num_workers or 1,
             gpus_per_worker=given.gpus_per_worker,
-            max_failures=given.max_failures,
+            max_failures=3 if given.max_failures is None else given.max_failures,
             resume=given.resume,
+            accept_changes=given.accept_changes,
         )
-    return train(config, output, resume=given.resume)
+    return train(config, output, resume=given.resume, accept_changes=given.accept_changes)
 
 
-def train(config: TrainConfig, output: Path, *, resume: bool) -> int:
+def train(config: TrainConfig, output: Path, *, resume: bool, accept_changes: bool = False) -> int:
     """Trains in this process, one of torchrun's or Ray's or alone; returns the exit code."""
     # Imported late: a mistake in the recipe is told at once, not after torch's seconds.
     from training.distributed import start
     from training.trainer import Trainer
 
     with start() as world:
-        trainer = Trainer(config, output, world, resume=resume)
+        trainer = Trainer(config, output, world, resume=resume, accept_changes=accept_changes)
         if world.is_main:
             resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
             (output / "config.resolved.yaml").write_text(resolved)

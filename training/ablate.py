@@ -81,6 +81,8 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
 
     def compare() -> None:
+        if given.seeds < 1 or given.processes < 1:
+            raise ConfigError("--seeds and --processes are at least 1")
         if len(set(given.data)) < 2:
             raise ConfigError("Nothing to compare", "give --data two or more times")
         config = load_recipe(given.recipe, given.overrides)

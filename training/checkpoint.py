@@ -9,6 +9,7 @@ Tensors are named ``model.<parameter>``, ``ema.<parameter>``, ``optim.<parameter
 ``random.<process>.<device>``; they can be read by another number of processes, sharded or not.
 """
 
+import fcntl
 import json
 import logging
 import os
@@ -17,7 +18,7 @@ import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
@@ -150,19 +151,31 @@ class Writer:
             shutil.rmtree(target)
         temporary.rename(target)
         _flush(self._root)
-        for old in _folders(self._root)[self._keep :]:
+        # Damaged ones do not count: they must not cost a good one its place.
+        whole = [folder for folder in _folders(self._root) if _is_whole(folder)]
+        for old in whole[self._keep :]:
             shutil.rmtree(old)
 
 
 def newest(output: Path) -> Path | None:
-    """Returns the newest complete checkpoint of a run, passing over damaged ones aloud."""
-    for folder in _folders(output / "checkpoints"):
+    """Returns the newest complete checkpoint of a run, passing over damaged ones aloud.
+
+    Raises:
+        CheckpointError: If there are checkpoints and none of them is complete.
+    """
+    folders = _folders(output / "checkpoints")
+    for folder in folders:
         try:
             read_meta(folder)
         except CheckpointError as error:
             logger.warning("%s; an older checkpoint is tried", error.message)
             continue
         return folder
+    if folders:
+        raise CheckpointError(
+            f"None of {len(folders)} checkpoints in {output / 'checkpoints'} is whole",
+            "--no-resume sets them aside and starts over",
+        )
     return None
 
 
@@ -221,14 +234,35 @@ def read(folder: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def load(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+def lock(output: Path) -> IO[str]:
+    """Holds a run's folder for this process until it ends or closes the file.
+
+    Raises:
+        CheckpointError: If another process holds it.
+    """
+    file = (output / ".lock").open("w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise CheckpointError(
+            f"Another process trains in {output}", "wait for it, or --output names another folder"
+        ) from error
+    return file
+
+
+def load(folder: Path, tensors: dict[str, torch.Tensor], left_out: tuple[str, ...] = ()) -> None:
     """Reads a state into the tensors of a run, in place; every process must call it.
+
+    Args:
+        folder: The checkpoint.
+        tensors: By their names in it.
+        left_out: How names begin that the checkpoint may have and the run not.
 
     Raises:
         CheckpointError: If a name or shape differs; only ``random`` may be left over.
     """
     stored = _metadata(folder)
-    _check(folder, stored, tensors, _STATE)
+    _check(folder, stored, tensors, tuple(s for s in _STATE if s not in left_out))
     with torch.no_grad():
         read_into(dict(tensors), checkpoint_id=folder)
 
@@ -325,6 +359,14 @@ def _check(
             f"Checkpoint {folder} does not fit the model: {', '.join(problems[:5])}{more}",
             _OTHER_RECIPE,
         )
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        read_meta(folder)
+    except CheckpointError:
+        return False
+    return True
 
 
 def _folders(root: Path) -> list[Path]:

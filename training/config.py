@@ -389,6 +389,14 @@ class TrainConfig(NetworkConfig):
             raise ValueError(
                 f"a {model.kind} model without model.audio hears nothing: mix video and image alone"
             )
+        captions = [
+            self.data.caption if mix.caption is None else mix.caption
+            for mix in self.data.mix.values()
+        ]
+        if None in captions and not isinstance(model, DistilConfig):
+            raise ValueError(
+                f"a {model.kind} model learns from captions: data.caption names a column"
+            )
         if (
             isinstance(model, InternVideo2ClipConfig)
             and isinstance(model.text, LlamaTextConfig)

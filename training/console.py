@@ -47,7 +47,7 @@ def run_command(command: Callable[[], int | None]) -> int:
         if os.environ.get("DATAENGINE_DEBUG"):
             raise
         # A mistake in the recipe is every process' own; one voice is enough.
-        if is_main_process() or error.exit_code != 2:
+        if is_main_process() or not (error.exit_code == 2 or error.is_shared):
             sys.stderr.write(error.message + "\n")
             if error.hint:
                 sys.stderr.write(f"\nhint: {error.hint}\n")

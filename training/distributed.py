@@ -2,13 +2,17 @@
 """One process or many: start, gather, agree. How a model is spread is `training.parallel`'s."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+from dataengine.errors import EngineError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -121,6 +125,36 @@ def any_rank(flags: torch.Tensor) -> list[bool]:
     if world_size() > 1:
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
     return [flag > 0 for flag in flags.tolist()]
+
+
+def on_main(work: Callable[[], T]) -> T:
+    """Runs something in the first process and returns its answer in every one.
+
+    Raises:
+        EngineError: In every process, if the first raised it: none is left waiting.
+    """
+    answer: Any = None
+    if rank() == 0:
+        try:
+            answer = work()
+        except EngineError as error:
+            error.is_shared = world_size() > 1
+            answer = error
+    answer = gather_objects(answer)[0]
+    if isinstance(answer, EngineError):
+        raise answer
+    return answer
+
+
+def main_first(work: Callable[[], T]) -> T:
+    """Runs something in the first process and then, if it went well there, in all others.
+
+    Raises:
+        EngineError: As `on_main`.
+    """
+    done: list[T] = []
+    on_main(lambda: done.append(work()))
+    return done[0] if done else work()
 
 
 def barrier() -> None:

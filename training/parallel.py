@@ -6,7 +6,7 @@ of `Task.blocks` and what is left at the root are gathered when they are needed.
 scalars, such as a temperature, cannot be sharded: every process keeps them whole.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -124,9 +124,14 @@ def _squared_norm(tensors: list[torch.Tensor], device: torch.device) -> torch.Te
     return torch.stack(torch._foreach_norm(tensors)).square().sum()  # pyright: ignore[reportPrivateImportUsage]
 
 
-def is_finite(task: Task) -> bool:
-    """Returns whether all weights are, on all processes; every process must call it."""
-    parts = (local(parameter.detach()) for parameter in task.parameters())
+def is_finite(task: Task, averaged: Iterable[torch.Tensor] = ()) -> bool:
+    """Returns whether all weights are, on all processes; every process must call it.
+
+    Args:
+        task: Its weights are looked at.
+        averaged: And these, where there is a running average.
+    """
+    parts = (local(tensor.detach()) for tensor in (*task.parameters(), *averaged))
     # A process may have no part of a tensor.
     weights = [part for part in parts if part.numel()]
     norms = torch.stack(torch._foreach_norm(weights, torch.inf))  # pyright: ignore[reportPrivateImportUsage]

@@ -23,6 +23,7 @@ def train_over_ray(
     gpus_per_worker: float | None,
     max_failures: int,
     resume: bool,
+    accept_changes: bool,
 ) -> int:
     """Trains in Ray workers and returns the exit code.
 
@@ -34,6 +35,7 @@ def train_over_ray(
         gpus_per_worker: 0 trains on CPUs; None takes one where the cluster has any.
         max_failures: Restarts before the run is given up.
         resume: Whether to go on from what lies in ``output``.
+        accept_changes: Whether to go on with another recipe.
 
     Raises:
         DependencyError: If Ray is missing.
@@ -58,7 +60,11 @@ def train_over_ray(
     if not resume:
         # Once, here: a restarted worker must not set aside what it is to go on from.
         _set_aside(output)
-    recipe = {"config": config.model_dump(mode="json"), "output": str(output)}
+    recipe = {
+        "config": config.model_dump(mode="json"),
+        "output": str(output),
+        "accept_changes": accept_changes,
+    }
     trainer = TorchTrainer(
         _train,
         train_loop_config=recipe,
@@ -100,7 +106,8 @@ def _train(recipe: dict[str, Any]) -> None:
     context = ray.train.get_context()
     os.environ["RANK"] = str(context.get_world_rank())
     set_up_logging()
-    train(config_from_dict(recipe["config"], "the recipe"), Path(recipe["output"]), resume=True)
+    config = config_from_dict(recipe["config"], "the recipe")
+    train(config, Path(recipe["output"]), resume=True, accept_changes=recipe["accept_changes"])
 
 
 def _room(address: str, num_workers: int) -> dict[str, Any]:

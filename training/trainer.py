@@ -10,17 +10,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
-from dataengine.errors import EngineError
+from dataengine.errors import ConfigError, EngineError
 from training import checkpoint
 from training.config import MediaKind, TrainConfig, inputs_of
 from training.data.augment import to_inputs
 from training.data.batch import Batch
 from training.data.corpora import open_corpora
-from training.distributed import World, any_rank, barrier, gather_objects, mean_over_ranks
+from training.distributed import World, any_rank, barrier, main_first, mean_over_ranks, on_main
 from training.ema import Average
 from training.evaluation.encode import evaluate
 from training.evaluation.retrieval import Retrieval
@@ -71,26 +71,38 @@ class Trainer:
         world: This process among all.
         resume: Whether to go on from the newest checkpoint in ``output``; otherwise what lies
             there is set aside, not deleted.
+        accept_changes: Whether to go on although the recipe would learn something else than the
+            checkpoint's.
+
+    Raises:
+        EngineError: If another run writes to ``output``, what lies there does not fit, or a corpus,
+            a file or a setting is wrong.
     """
 
     def __init__(
-        self, config: TrainConfig, output: Path, world: World, *, resume: bool = True
+        self,
+        config: TrainConfig,
+        output: Path,
+        world: World,
+        *,
+        resume: bool = True,
+        accept_changes: bool = False,
     ) -> None:
         self.config, self.output, self.world = config, output, world
         self.spec = inputs_of(config.model)
+        self._lock: IO[str] | None = None
         self._prepare_output(resume)
-        if not world.is_main:
-            barrier()  # the first process reads the catalogs and keeps their index, the others take it
-        self.corpora = open_corpora(config, output / "cache")
-        if world.is_main:
-            barrier()
+        # The first process reads the catalogs and keeps their index, the others take it.
+        self.corpora = main_first(lambda: open_corpora(config, output / "cache"))
         self.loader = self.corpora.train_loader(
             seed=config.run.seed, rank=world.rank, world_size=world.size
         )
         self.total_steps = config.optim.steps or math.ceil(
             (config.optim.epochs or 0) * self.loader.steps_per_epoch
         )
-        found = gather_objects(checkpoint.newest(output) if world.is_main else None)[0]
+        found = on_main(lambda: checkpoint.newest(output))
+        if found is not None:
+            self._check_recipe(found, accept_changes)
 
         torch.manual_seed(config.run.seed)
         self.task: Task = build_task(config)
@@ -226,7 +238,7 @@ class Trainer:
         Raises:
             EngineError: If a weight is not finite; such weights are never written.
         """
-        if not is_finite(self.task):
+        if not is_finite(self.task, self.average.tensors.values() if self.average else ()):
             raise EngineError(f"Weights are not finite after step {self.step}", _LOWER_RATE)
         about = {
             "config": self.config.model_dump(mode="json"),
@@ -252,19 +264,41 @@ class Trainer:
         barrier()
 
     def _prepare_output(self, resume: bool) -> None:
-        if self.world.is_main:
-            self.output.mkdir(parents=True, exist_ok=True)
-            if not resume and (aside := checkpoint.set_aside(self.output)):
-                if (self.output / METRICS).is_file():
-                    (self.output / METRICS).rename(aside / METRICS)
-                logger.info("starting over; the old checkpoints are now in %s", aside)
-        barrier()
+        def prepare() -> None:
+            try:
+                self.output.mkdir(parents=True, exist_ok=True)
+                self._lock = checkpoint.lock(self.output)
+                if not resume and (aside := checkpoint.set_aside(self.output)):
+                    if (self.output / METRICS).is_file():
+                        (self.output / METRICS).rename(aside / METRICS)
+                    logger.info("starting over; the old checkpoints are now in %s", aside)
+            except OSError as error:
+                raise ConfigError(
+                    f"Cannot write to {self.output}: {error.strerror or error}",
+                    "--output names another folder",
+                ) from error
+
+        on_main(prepare)
+
+    def _check_recipe(self, folder: Path, accept_changes: bool) -> None:
+        """Raises ConfigError if a run would go on with, or claim, what it was not trained with."""
+        changed = _changed_fields(checkpoint.read_config(folder), self.config)
+        if changed and not accept_changes:
+            raise ConfigError(
+                f"{self.output} holds a run of another recipe; different are {', '.join(changed)}",
+                "--output names another folder, --no-resume starts over, --accept-changes goes on",
+            )
+        if changed and self.world.is_main:
+            logger.warning("the recipe differs from the checkpoint's in %s", ", ".join(changed))
+        step = checkpoint.read_meta(folder)["step"]
+        if step > self.total_steps:
+            raise ConfigError(
+                f"The run in {self.output} has done {step} steps, more than the {self.total_steps} asked for",
+                "--no-resume starts over, or --output names another folder",
+            )
 
     def _resume(self, folder: Path) -> None:
         meta = checkpoint.read_meta(folder)
-        changed = _changed_fields(checkpoint.read_config(folder), self.config)
-        if changed and self.world.is_main:
-            logger.warning("the recipe differs from the checkpoint's in %s", ", ".join(changed))
         self.step = meta["step"]
         self.skipped_in_row, self.skipped_steps = meta["skipped_steps"]
         self.loader.load_state_dict(meta["loader"])
@@ -274,9 +308,10 @@ class Trainer:
         # Random numbers go on where they were only if the processes are the same.
         same = meta["world_size"] == self.world.size and random.keys() <= names
         has_average = any(name.startswith("ema.") for name in names)
+        left_out = () if self.average else ("ema.",)
         if not has_average:
             state = {name: t for name, t in state.items() if not name.startswith("ema.")}
-        checkpoint.load(folder, state | (random if same else {}))
+        checkpoint.load(folder, state | (random if same else {}), left_out)
         if same:
             _set_random_state(random, self.world)
         else:
@@ -410,18 +445,27 @@ class Trainer:
             logger.warning("no video fell into the held-out share: nothing to evaluate on")
 
 
+_HARMLESS = {
+    *("run.log_every", "run.eval_every", "run.checkpoint_every", "run.keep_checkpoints"),
+    *("run.trackers", "run.compile", "run.parallel", "optim.max_skipped_steps"),
+    *("data.num_workers", "data.cache_mb", "data.read_ahead", "data.eval_batch_size"),
+    *("data.decoder", "data.sources"),  # of other clips the loader knows by itself
+}
+"""Fields that change nothing in what is learnt."""
+
+
 def _changed_fields(old: TrainConfig, new: TrainConfig) -> list[str]:
+    """Returns the fields that differ and matter, with both values where they are short."""
     before, after = old.model_dump(), new.model_dump()
-    changed = []
+    changed = [] if before.pop("init") == after.pop("init") else ["init"]
     for section in before:
-        if not isinstance(before[section], dict):
-            changed += [section] if before[section] != after[section] else []
-            continue
-        changed += [
-            f"{section}.{field}"
-            for field in before[section]
-            if before[section][field] != after[section].get(field)
-        ]
+        for field in sorted(before[section].keys() | after[section].keys()):
+            values = before[section].get(field), after[section].get(field)
+            name = f"{section}.{field}"
+            if values[0] != values[1] and name not in _HARMLESS:
+                then, now = (str(value) for value in values)
+                short = len(then) + len(now) < 40
+                changed.append(f"{name} ({then} then, {now} now)" if short else name)
     return changed
 
 

@@ -151,3 +151,17 @@ def test_starting_over_deletes_nothing(save, tmp_path):
     save(2)
     assert checkpoint.set_aside(tmp_path) == tmp_path / "checkpoints.old-2"
     assert checkpoint.set_aside(tmp_path) is None
+
+
+def test_damaged_checkpoints_cost_good_ones_no_place(save, tmp_path):
+    damaged = save(20)
+    (damaged / "meta.json").write_text("{")
+    good = [save(step, keep=2) for step in (5, 10, 15)]
+    assert [folder.is_dir() for folder in good] == [False, True, True]
+    assert checkpoint.newest(tmp_path) == good[-1]
+
+
+def test_nothing_but_damaged_checkpoints_is_no_fresh_start(save, tmp_path):
+    (save(1) / "meta.json").unlink()
+    with pytest.raises(CheckpointError, match=r"None of 1 checkpoints .* is whole"):
+        checkpoint.newest(tmp_path)

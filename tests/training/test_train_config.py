@@ -5,6 +5,7 @@ import sys
 import pytest
 
 from dataengine.errors import ConfigError
+from training.__main__ import main
 from training.config import RECIPES_DIR, load_recipe
 
 RECIPES = sorted(path.stem for path in RECIPES_DIR.glob("*.yaml"))
@@ -69,3 +70,30 @@ def test_command_tells_a_mistake_without_a_traceback(repository, tmp_path):
     assert done.stdout == ""
     assert "run.seed: Input should be greater than or equal to 0 (got -1)" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("recipe", "override", "problem"),
+    [
+        ("viclip_tiny", "data.caption=null", "a viclip model learns from captions"),
+        ("viclip_tiny", "data.mix={video: {}, audio: {}}", "hears nothing"),
+        ("internvideo2_clip_1b", "model.embed_dim=512", "must be embed_dim 512"),
+    ],
+)
+def test_what_a_model_cannot_do_is_refused(recipe, override, problem):
+    with pytest.raises(ConfigError, match=problem):
+        load_recipe(recipe, [override])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--num-workers", "4"], "--num-workers is of use with --ray alone"),
+        (["--dry-run", "--num-gpus", "0"], "--num-gpus 0 is too small"),
+        (["--dry-run", "--gpu-memory-gb", "-1"], "--gpu-memory-gb -1.0 is too small"),
+        (["--json"], "--json is of use with --dry-run alone"),
+    ],
+)
+def test_option_without_effect_or_sense_is_refused(arguments, problem, capsys):
+    assert main(["viclip_tiny", "--data", "nowhere", *arguments]) == 2
+    assert problem in capsys.readouterr().err

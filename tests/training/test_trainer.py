@@ -163,10 +163,51 @@ def test_starting_over_does_not_resume(on_shapes, tmp_path):
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
+def test_run_of_another_recipe_is_refused_unless_accepted(on_shapes, tmp_path):
+    Trainer(on_shapes(optim__ema_decay=0.5), tmp_path, ALONE).run(stop_at=2)
+    with pytest.raises(ConfigError, match=r"optim.lr \(0.001 then, 0.1 now\)"):
+        Trainer(on_shapes(optim__ema_decay=0.5, optim__lr=0.1), tmp_path, ALONE)
+    # What changes nothing in what is learnt is no other recipe.
+    same = on_shapes(optim__ema_decay=0.5, run__log_every=1, data__num_workers=1)
+    assert Trainer(same, tmp_path, ALONE).step == 2
+    # The average is left behind where it is no longer wanted.
+    other = Trainer(on_shapes(optim__lr=1e-4), tmp_path, ALONE, accept_changes=True)
+    assert (other.step, other.average) == (2, None)
+    assert other.run().step == 6
+
+
+def test_run_that_has_done_more_steps_than_asked_for_claims_nothing(on_shapes, tmp_path):
+    Trainer(on_shapes(), tmp_path, ALONE).run()
+    with pytest.raises(ConfigError, match="has done 6 steps, more than the 4 asked for"):
+        Trainer(on_shapes(optim__steps=4), tmp_path, ALONE, accept_changes=True)
+
+
 def test_checkpoint_in_other_data_is_refused(on_shapes, tmp_path):
     Trainer(on_shapes(), tmp_path, ALONE).run(stop_at=2)
     with pytest.raises(ConfigError, match="batch_size: 8 then, 4 now"):
-        Trainer(on_shapes(data__batch_size=4), tmp_path, ALONE)
+        Trainer(on_shapes(data__batch_size=4), tmp_path, ALONE, accept_changes=True)
+
+
+def test_folder_of_a_running_training_is_refused(on_shapes, tmp_path):
+    code = (
+        "import sys, time; from pathlib import Path; from training import checkpoint\n"
+        "held = checkpoint.lock(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(EngineError, match="Another process trains in"):
+            Trainer(on_shapes(), tmp_path, ALONE)
+        other.kill()
+    assert Trainer(on_shapes(), tmp_path, ALONE).step == 0
+
+
+def test_output_that_cannot_be_written_is_a_users_mistake(on_shapes, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="Cannot write to"):
+        Trainer(on_shapes(), tmp_path / "file" / "run", ALONE)
 
 
 def test_steps_that_are_not_finite_are_left_out(on_shapes, tmp_path):
