@@ -2,8 +2,8 @@
 """A run's whole state in a folder that appears complete or not at all.
 
 ``checkpoints/step_<step>/`` is what torch.distributed.checkpoint writes, a file or more a process, and
-``meta.json``: step, recipe, place in the data, versions, and the files' sizes by which a damaged one
-is known. It is written last, in a folder whose name is not yet a checkpoint's; then that is renamed.
+``meta.json``: step, recipe, place in the data, versions, and the files' sizes and checksums by which a
+damaged one is known. It is written last, in a folder whose name is not yet a checkpoint's; then that is renamed.
 
 Tensors are named ``model.<parameter>``, ``ema.<parameter>``, ``optim.<parameter>.<part>`` and
 ``random.<process>.<device>``; they can be read by another number of processes, sharded or not.
@@ -15,6 +15,7 @@ import logging
 import os
 import shutil
 import warnings
+import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -59,7 +60,8 @@ class Writer:
     def __init__(self, output: Path, keep: int) -> None:
         self._root, self._keep = output / "checkpoints", keep
         self._many = dist.is_initialized() and dist.get_world_size() > 1
-        self._is_main = not self._many or dist.get_rank() == 0
+        self._rank = dist.get_rank() if self._many else 0
+        self._is_main = self._rank == 0
         # Of its own: its messages must not mingle with those of the steps that go on meanwhile.
         self._group: Any = dist.new_group(backend="gloo") if self._many else None
         # Copies even what is in main memory, which the next step would overwrite.
@@ -129,11 +131,21 @@ class Writer:
         self._thread.shutdown()
         self._stager.close()
 
+    def _gathered(self, own: dict[str, int]) -> dict[str, int]:
+        """Returns all processes' entries, in the main process."""
+        if not self._many:
+            return own
+        everyones: list[Any] = [None] * dist.get_world_size()
+        dist.gather_object(own, everyones if self._is_main else None, group=self._group)
+        return {name: value for part in everyones if part for name, value in part.items()}
+
     def _finish(
         self, written: Future[Any], temporary: Path, target: Path, step: int, about: dict[str, Any]
     ) -> None:
         """Waits until all processes have written, then makes it a checkpoint."""
         written.result()
+        own = {path.name: _checksum(path) for path in temporary.glob(f"__{self._rank}_*")}
+        checksums = self._gathered(own)
         if not self._is_main:
             return
         sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
@@ -143,6 +155,7 @@ class Writer:
             **about,
             "versions": {name: version(name) for name in ("torch", "dataengine")},
             "bytes": sizes,
+            "crc32": checksums,
         }
         (temporary / _META).write_text(json.dumps(meta, indent=2) + "\n")
         _flush(temporary / _META)
@@ -157,26 +170,55 @@ class Writer:
             shutil.rmtree(old)
 
 
-def newest(output: Path) -> Path | None:
-    """Returns the newest complete checkpoint of a run, passing over damaged ones aloud.
+def complete(output: Path) -> list[Path]:
+    """Returns the complete checkpoints of a run, newest first, passing over damaged ones aloud.
 
     Raises:
         CheckpointError: If there are checkpoints and none of them is complete.
     """
-    folders = _folders(output / "checkpoints")
+    folders, found = _folders(output / "checkpoints"), []
     for folder in folders:
         try:
             read_meta(folder)
         except CheckpointError as error:
-            logger.warning("%s; an older checkpoint is tried", error.message)
-            continue
-        return folder
-    if folders:
-        raise CheckpointError(
-            f"None of {len(folders)} checkpoints in {output / 'checkpoints'} is whole",
-            "--no-resume sets them aside and starts over",
-        )
-    return None
+            logger.warning("%s; it is passed over", error.message)
+        else:
+            found.append(folder)
+    if folders and not found:
+        raise no_whole_one(output)
+    return found
+
+
+def newest(output: Path) -> Path | None:
+    """Returns the newest of `complete`, None if there is no checkpoint.
+
+    Raises:
+        CheckpointError: As `complete`.
+    """
+    return next(iter(complete(output)), None)
+
+
+def no_whole_one(output: Path) -> CheckpointError:
+    """Returns what is wrong where there are checkpoints and all of them are damaged."""
+    return CheckpointError(
+        f"None of the checkpoints in {output / 'checkpoints'} is whole",
+        "--no-resume sets them aside and starts over",
+    )
+
+
+def damage(folder: Path, rank: int = 0, world_size: int = 1) -> str:
+    """Returns what is wrong with the bytes of a complete checkpoint, nothing if they are as written.
+
+    Args:
+        folder: The checkpoint.
+        rank: Of this process: it reads its share of the files.
+        world_size: All processes.
+    """
+    checksums = sorted(read_meta(folder)["crc32"].items())
+    for name, checksum in checksums[rank::world_size]:
+        if _checksum(folder / name) != checksum:
+            return f"Checkpoint {folder} is damaged: {name} is not what was written"
+    return ""
 
 
 def locate(path: Path) -> Path:
@@ -359,6 +401,15 @@ def _check(
             f"Checkpoint {folder} does not fit the model: {', '.join(problems[:5])}{more}",
             _OTHER_RECIPE,
         )
+
+
+def _checksum(path: Path) -> int:
+    """Returns the CRC-32 of a file's bytes."""
+    checksum = 0
+    with path.open("rb") as file:
+        while piece := file.read(1 << 22):
+            checksum = zlib.crc32(piece, checksum)
+    return checksum
 
 
 def _is_whole(folder: Path) -> bool:

@@ -6,7 +6,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,15 @@ from training.config import MediaKind, TrainConfig, inputs_of
 from training.data.augment import to_inputs
 from training.data.batch import Batch
 from training.data.corpora import open_corpora
-from training.distributed import World, any_rank, barrier, main_first, mean_over_ranks, on_main
+from training.distributed import (
+    World,
+    any_rank,
+    barrier,
+    gather_objects,
+    main_first,
+    mean_over_ranks,
+    on_main,
+)
 from training.ema import Average
 from training.evaluation.encode import evaluate
 from training.evaluation.retrieval import Retrieval
@@ -100,7 +108,7 @@ class Trainer:
         self.total_steps = config.optim.steps or math.ceil(
             (config.optim.epochs or 0) * self.loader.steps_per_epoch
         )
-        found = on_main(lambda: checkpoint.newest(output))
+        found = self._newest_sound(on_main(lambda: checkpoint.complete(output)))
         if found is not None:
             self._check_recipe(found, accept_changes)
 
@@ -279,6 +287,19 @@ class Trainer:
                 ) from error
 
         on_main(prepare)
+
+    def _newest_sound(self, folders: Sequence[Path]) -> Path | None:
+        """Returns the first of some checkpoints whose bytes are as written; all processes read."""
+        for folder in folders:
+            damages = gather_objects(checkpoint.damage(folder, self.world.rank, self.world.size))
+            damage = next(filter(None, damages), "")
+            if not damage:
+                return folder
+            if self.world.is_main:
+                logger.warning("%s; it is passed over", damage)
+        if folders:
+            raise checkpoint.no_whole_one(self.output)
+        return None
 
     def _check_recipe(self, folder: Path, accept_changes: bool) -> None:
         """Raises ConfigError if a run would go on with, or claim, what it was not trained with."""

@@ -188,6 +188,17 @@ def test_checkpoint_in_other_data_is_refused(on_shapes, tmp_path):
         Trainer(on_shapes(data__batch_size=4), tmp_path, ALONE, accept_changes=True)
 
 
+def test_checkpoint_whose_bytes_changed_is_passed_over(on_shapes, tmp_path, caplog):
+    config = on_shapes(run__checkpoint_every=2, run__keep_checkpoints=3)
+    Trainer(config, tmp_path, ALONE).run(stop_at=4)
+    for file in (tmp_path / "checkpoints" / "step_00000004").glob("*.distcp"):
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    assert Trainer(config, tmp_path, ALONE).step == 2
+    assert "step_00000004 is damaged" in caplog.text
+
+
 def test_folder_of_a_running_training_is_refused(on_shapes, tmp_path):
     code = (
         "import sys, time; from pathlib import Path; from training import checkpoint\n"
