@@ -4,8 +4,8 @@ import threading
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from training import checkpoint
 from training.checkpoint import CheckpointError
@@ -59,14 +59,14 @@ def test_average_takes_the_place_of_weights(tmp_path, recipe):
 
 def test_run_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
     may_write, writes = threading.Event(), []
-    write_data = dcp.FileSystemWriter.write_data
+    write_data = FileSystemWriter.write_data
 
     def slow(self, *args, **kwargs):
         writes.append(self)
         assert may_write.wait(60)
         return write_data(self, *args, **kwargs)
 
-    monkeypatch.setattr(dcp.FileSystemWriter, "write_data", slow)
+    monkeypatch.setattr(FileSystemWriter, "write_data", slow)
     weight = torch.ones(3)
     writer = checkpoint.Writer(tmp_path, 2)
     writer.save(1, {"model.network.weight": weight}, {"config": {}})
@@ -115,7 +115,7 @@ def test_failed_write_is_told_and_leaves_no_checkpoint(save, tmp_path, monkeypat
     def full(*args, **kwargs):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(dcp.FileSystemWriter, "write_data", full)
+    monkeypatch.setattr(FileSystemWriter, "write_data", full)
     writer = checkpoint.Writer(tmp_path, 2)
     writer.save(2, tensors_of(nn.Linear(3, 2), 2), {"config": {}})
     with pytest.raises(CheckpointError, match=r"could not be written.*no space left"):
