@@ -3,7 +3,12 @@ import io
 import itertools
 import json
 import logging
+import multiprocessing
+import os
+import signal
 import threading
+import time
+from dataclasses import replace
 
 import av
 import fsspec
@@ -83,6 +88,34 @@ def test_batches_do_not_depend_on_the_number_of_readers(shapes_corpus, recipe):
     alone = take(loader(shapes_corpus, recipe), 15)
     helped = take(loader(shapes_corpus, recipe, data__num_workers=2), 15)
     assert_equal_batches(alone, helped)
+
+
+@pytest.mark.parametrize(
+    "is_remote",
+    [False, pytest.param(True, marks=pytest.mark.slow)],  # forked, spawned
+)
+@pytest.mark.parametrize("held_out", [False, True])
+def test_readers_outlive_what_asks_a_run_to_stop(shapes_corpus, recipe, is_remote, held_out):
+    options = sources(shapes_corpus, data__eval_batch_size=6)
+
+    def open_stream(num_workers):
+        config = recipe(**options, data__num_workers=num_workers)
+        corpora = open_corpora(config, hold_out_all=held_out)
+        corpora = replace(corpora, is_remote=is_remote and num_workers > 0)
+        return corpora.held_out_loader() if held_out else iter(corpora.train_loader())
+
+    stream = open_stream(1)
+    batches = take(stream, 1)
+    (reader,) = multiprocessing.active_children()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        os.kill(reader.pid, number)
+        time.sleep(0.05)
+    # More than what a reader prepares.
+    batches += take(stream, 11)
+    assert_equal_batches(batches, take(open_stream(0), 12))
+    assert multiprocessing.active_children() == [reader]
+    del stream
+    assert not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize("taken", [1, 10, 11, 13])  # 11 batches an epoch

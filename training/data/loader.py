@@ -1,13 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Index + recipe -> batches, exactly once per epoch, resumable between any two steps."""
 
+import atexit
 import itertools
 import logging
 import math
+import multiprocessing
+import signal
 import struct
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
+from multiprocessing.context import ForkContext, ForkProcess, SpawnContext, SpawnProcess
+from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple, get_args
 
 import numpy as np
@@ -361,8 +367,7 @@ class TrainLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         requests = _Requests(self._requests, self._config, self._is_remote)
-        loader = _data_loader(self._reader, requests, self._config, self._is_remote)
-        for batch in loader:
+        for batch in _read(self._reader, requests, self._config, self._is_remote):
             if isinstance(batch, EngineError):
                 raise batch
             for clip, reason in batch.skipped:
@@ -480,7 +485,7 @@ def coverage_loader(
         lambda: (_Request(kind, None, share) for share in shares), config, is_remote
     )
     reader = ClipReader({kind: feed}, config, spec, seed=0)
-    for batch in _data_loader(reader, requests, config, is_remote):
+    for batch in _read(reader, requests, config, is_remote):
         if isinstance(batch, EngineError):
             raise batch
         for clip, reason in batch.skipped:
@@ -508,21 +513,87 @@ class _Requests:
             yield _Job(request, None)
 
 
-def _data_loader(
+class _Reader(BaseProcess):
+    """A reader process; it ignores SIGTERM, so nothing less than SIGKILL ends it from outside."""
+
+    def terminate(self) -> None:
+        """Ends it at once; torch asks for that when it has not ended by itself in 5 s."""
+        self.kill()
+
+
+class _ForkedReader(_Reader, ForkProcess):
+    pass
+
+
+class _SpawnedReader(_Reader, SpawnProcess):
+    pass
+
+
+class _Forks(ForkContext):
+    Process = _ForkedReader
+
+
+class _Spawns(SpawnContext):
+    Process = _SpawnedReader
+
+
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def _ignore_stop_signals(number: int) -> None:
+    """Leaves the end to the training process, which still wants batches for its last step.
+
+    Ctrl-C, ``timeout``, systemd and batch schedulers signal every process of a run. Readers end when
+    they are told to, or when their parent is gone: torch's own watchdog sees to that.
+    """
+    for each in _STOP_SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
+    # They were held back since before the process began.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
+
+
+@atexit.register
+def _kill_readers() -> None:
+    """Ends readers whose iterator outlives the program, as in the traceback of an exception.
+
+    multiprocessing's own exit, which comes later, would send them SIGTERM and wait for ever.
+    """
+    readers = [each for each in multiprocessing.active_children() if isinstance(each, _Reader)]
+    if readers:
+        # torch listens for readers that die, and would tell of these in a traceback.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for process in readers:
+        process.kill()
+
+
+def _read(
     reader: ClipReader, requests: _Requests, config: DataConfig, is_remote: bool
-) -> "DataLoader[Any]":
+) -> Iterator[Any]:
+    """Starts the readers and returns what they read."""
     workers = config.num_workers
-    return DataLoader(
+    loader = DataLoader(
         reader,
         batch_size=None,
         sampler=requests,
         num_workers=workers,
         collate_fn=_identity,
-        multiprocessing_context="spawn" if workers and is_remote else None,
+        multiprocessing_context=(_Spawns() if is_remote else _Forks()) if workers else None,
+        worker_init_fn=_ignore_stop_signals,
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=4 if workers else None,
         generator=torch.Generator(),  # else it draws from the run's own, and resume differs
     )
+    if not workers:
+        return iter(loader)
+    if is_remote:
+        # Else it is started on the way, and lets the signals through again.
+        resource_tracker.ensure_running()
+    # Processes inherit what is blocked: no signal finds one that does not ignore it yet.
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 def _identity(batch: Any) -> Any:
