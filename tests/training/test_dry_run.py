@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+import math
 import subprocess
 import sys
 
 import pytest
 import torch
 
+from dataengine.errors import ConfigError
 from training.__main__ import main
 from training.config import RECIPES_DIR, inputs_of, load_recipe
 from training.data.batch import Inputs, Pairs
-from training.dry_run import plan
+from training.dry_run import _count, plan, print_plan
 from training.flops import peak_flops
 from training.models import build_task
 from training.rehearsal import Rehearsal
@@ -71,7 +73,7 @@ def held_by_torch(config, size):
     events = profiler.profiler.kineto_results.events()  # pyright: ignore[reportOptionalMemberAccess]
     memory = [event for event in events if event.name() == "[memory]"]
     for event in sorted(memory, key=lambda event: event.start_ns()):
-        held += event.nbytes()
+        held += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue]
         most = max(most, held)
     return most
 
@@ -128,6 +130,60 @@ def test_plan_is_told_without_data(tmp_path, capsys):
 
 def test_cpu_has_no_peak():
     assert peak_flops(torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "memory_gb", "said"),
+    [
+        (0, 80, "--num-gpus 0"),
+        (-2, 80, "--num-gpus -2"),
+        (8, 0, "--gpu-memory-gb 0"),
+        (8, -1, "--gpu-memory-gb -1"),
+        (8, math.nan, "--gpu-memory-gb nan"),
+        (8, math.inf, "--gpu-memory-gb inf"),
+    ],
+)
+def test_gpus_that_cannot_be_are_refused(small, num_gpus, memory_gb, said):
+    for ask in (plan, print_plan):
+        with pytest.raises(ConfigError, match=said):
+            ask(small(), num_gpus, memory_gb)
+
+
+def memory_for(counted, clips):
+    """GB of a GPU that holds some clips beside what a step always holds."""
+    (step,) = counted.steps.values()
+    return (sum(counted.held(1)) + (clips + 0.5) * step.clip_bytes) / 0.9 / 1e9
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_gpus_that_hold_the_batch_are_counted(small, parallel, monkeypatch):
+    config = small(run__parallel=parallel, data__batch_size=512)
+    counted = _count(config)
+    monkeypatch.setattr("training.dry_run._count", lambda config: counted)
+    memory_gb = memory_for(counted, 100)
+    found = {n: plan(config, n, memory_gb).steps["video"] for n in (1, 2, 3, 4, 8, 16)}
+    fitting = {n for n, step in found.items() if step.batch_size <= step.largest_batch}
+    assert fitting in ({8, 16}, {4, 8, 16})
+    for num_gpus in (1, 2, 3):
+        assert found[num_gpus].gpus_needed == min(fitting)
+    assert [found[n].gpus_needed for n in sorted(fitting)] == sorted(fitting)
+    # 512 clips over four GPUs are 128, over eight 64; shared weights leave room for more.
+    assert min(fitting) == {"ddp": 8, "fsdp": 4}[parallel]
+
+
+def test_a_batch_that_does_not_fit_is_said(small, capsys, monkeypatch):
+    config = small(data__batch_size=512)
+    counted = _count(config)
+    monkeypatch.setattr("training.dry_run._count", lambda config: counted)
+    print_plan(config, 1, memory_for(counted, 100))
+    printed = capsys.readouterr()
+    assert "video does not fit: 512 clips a GPU, 100 at most; 8 GPUs hold the batch" in printed.out
+    assert printed.err == "counting a step of viclip, up to a minute or two\n"
+    print_plan(config, 1, 0.001)
+    expected = "video does not fit: 512 clips a GPU, none at most; more GPUs do not help"
+    assert expected in capsys.readouterr().out
+    print_plan(config, 3, 80)
+    assert "does not fit" not in capsys.readouterr().out
 
 
 @pytest.mark.slow
