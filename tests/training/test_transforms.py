@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import io
+import re
 
 import numpy as np
 import pytest
@@ -114,6 +115,20 @@ def test_broken_jpegs_are_an_os_error(size, share):
     jpeg = noise_jpeg(320, 240)
     with pytest.raises(OSError, match=r"(?i)image|truncated"):
         decode_jpegs([jpeg, jpeg[: int(share * len(jpeg))]], size, WHOLE)
+
+
+@pytest.mark.parametrize("size", [16, 200])
+@pytest.mark.parametrize(
+    "broken", [b"", b"no jpeg", noise_jpeg(320, 240)[:200], noise_jpeg(320, 240)[:9000]]
+)
+@pytest.mark.parametrize("place", [0, 1])
+def test_reasons_of_broken_jpegs_are_short_and_name_no_address(size, broken, place):
+    jpegs = [noise_jpeg(320, 240)]
+    jpegs.insert(place, broken)
+    with pytest.raises(OSError, match=r"^(empty|broken) image") as caught:
+        decode_jpegs(jpegs, size, WHOLE)
+    assert len(str(caught.value)) < 70
+    assert not re.search("0x[0-9a-f]{6}|object|bytes", str(caught.value))
 
 
 def test_mirroring_swaps_left_and_right():

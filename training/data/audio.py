@@ -67,7 +67,7 @@ def _mono(mp4: bytes) -> NDArray[np.float32]:
             if stream.duration and stream.time_base:
                 length = round(float(stream.duration * stream.time_base) * RATE)
     except FFmpegError as error:
-        raise ValueError(f"undecodable sound: {error}") from error
+        raise ValueError(f"undecodable sound: {error.strerror}") from error
     wave = np.concatenate(pieces)[:length] if pieces else np.zeros(0, np.float32)
     if len(wave) < FRAME:
         raise ValueError("no sound")

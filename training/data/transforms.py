@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 Frames = NDArray[np.uint8]
 """uint8 [T, H, W, 3], RGB."""
@@ -85,14 +85,14 @@ def decode_jpegs(jpegs: list[bytes], size: int, crop: Crop) -> Frames:
     Frames at least twice as large as needed are decoded at a half, a quarter or an eighth of their size.
 
     Raises:
-        OSError: If a JPEG is broken.
+        OSError: If a JPEG is broken; the message is the same for the same bytes.
     """
     needed = (
         math.ceil(size / (crop.right - crop.left)),
         math.ceil(size / (crop.bottom - crop.top)),
     )
     # Opening reads the header alone. A clip's frames are of one size; another is decoded all the same.
-    with Image.open(io.BytesIO(jpegs[0])) as first:
+    with _opened(jpegs[0]) as first:
         is_large = first.width >= 2 * needed[0] and first.height >= 2 * needed[1]
     if is_large:
         return _squares([_drafted(jpeg, needed) for jpeg in jpegs], size, crop)
@@ -132,14 +132,30 @@ def _decoded(jpeg: bytes) -> torch.Tensor:
 
 def _drafted(jpeg: bytes, needed: tuple[int, int]) -> torch.Tensor:
     """Returns uint8 [H, W, 3] at the smallest scale that still has as many pixels as needed."""
-    image = Image.open(io.BytesIO(jpeg))
-    image.draft("RGB", needed)
-    return _pixels(image)
+    with _opened(jpeg) as image:
+        image.draft("RGB", needed)
+        return _pixels(image)
+
+
+def _opened(jpeg: bytes) -> Image.Image:
+    """Returns an image of which only the header is read."""
+    if not jpeg:
+        raise OSError("empty image")
+    try:
+        return Image.open(io.BytesIO(jpeg))
+    except UnidentifiedImageError as error:
+        # Pillow names the place in memory that it read from.
+        raise OSError("broken image: no image that Pillow knows") from error
+    except OSError as error:
+        raise OSError(f"broken image: {error}") from error
 
 
 def _pixels(image: Image.Image) -> torch.Tensor:
     """Returns uint8 [H, W, 3]."""
-    return torch.from_numpy(np.array(image if image.mode == "RGB" else image.convert("RGB")))
+    try:
+        return torch.from_numpy(np.array(image if image.mode == "RGB" else image.convert("RGB")))
+    except (OSError, SyntaxError) as error:
+        raise OSError(f"broken image: {str(error).partition(' (')[0]}") from error
 
 
 def _squares(images_HWC: list[torch.Tensor], size: int, crop: Crop) -> Frames:
