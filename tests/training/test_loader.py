@@ -6,6 +6,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -21,7 +22,7 @@ from PIL import Image
 
 from dataengine.compact import compact
 from dataengine.corpus import Corpus
-from dataengine.errors import ConfigError, CorpusError
+from dataengine.errors import ConfigError, CorpusError, DependencyError
 from dataengine.query.subsets import Definition, make_subset
 from training.data.corpora import open_corpora
 from training.data.index import Shard, open_index, split_by_video
@@ -212,20 +213,48 @@ def test_clips_of_a_damaged_row_group_are_skipped(write_corpus, make_row, make_f
     assert "row group 1 of shards/shard00.parquet is damaged" in own.skipped["shard00/1/0"]
 
 
-def test_holes_of_a_batch_are_no_clips(shapes_corpus, recipe, caplog):
-    # 30 videos of 3 clips in 2 steps: one clip of each sits out.
-    options = {"data__batch_size": 45, "data__unique_videos": True}
-    own = loader(shapes_corpus, recipe, **options)
+def test_holes_of_a_batch_are_no_clips(write_corpus, make_row, make_frames, recipe, caplog):
+    # 20 clips of one video and 20 of others in 4 steps: 16 of the one sit out.
+    frames = make_frames("red", "square", "grey", np.random.default_rng(0))
+    places = [(0, i) for i in range(20)] + [(video, 0) for video in range(1, 21)]
+    rows = [make_row(*place, caption="x", frames=frames) for place in places]
+    options = {"data__batch_size": 10, "data__unique_videos": True}
+    own = loader(write_corpus(rows), recipe, **options)
     with caplog.at_level(logging.WARNING):
-        batches = take(own, 2)
+        batches = take(own, 4)
     is_hole = torch.cat([batch.position for batch in batches]) < 0
-    assert is_hole.sum() == 30
-    assert "30 clips sit epoch 0 out" in caplog.text
+    assert is_hole.sum() == 16
+    assert "16 clips sit epoch 0 out" in caplog.text
     assert not own.skipped
     for batch in batches:
         assert torch.equal(batch.valid, batch.position >= 0)
-        assert batch.frames[~batch.valid].max() == 0
+        assert not batch.frames[~batch.valid].any()
         assert len(batch.video_id[batch.valid].unique()) == batch.valid.sum()
+
+
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_a_batch_of_more_clips_than_videos_is_refused(shapes_corpus, recipe, world_size):
+    options = {"data__batch_size": 36, "data__unique_videos": True}
+    with pytest.raises(ConfigError, match=r"a batch of 36 .* 30 videos") as caught:
+        loader(shapes_corpus, recipe, 0, world_size, **options)
+    fits = {1: 30, 4: 28}[world_size]
+    assert caught.value.hint.startswith(f"--set data.batch_size={fits} or fewer")
+    loader(shapes_corpus, recipe, 0, world_size, **options | {"data__batch_size": fits})
+    loader(shapes_corpus, recipe, 0, world_size, **options | {"data__unique_videos": False})
+    mix = {"video": {"batch_size": 8}, "image": {"batch_size": 36}}
+    with pytest.raises(ConfigError) as caught:
+        loader(shapes_corpus, recipe, 0, world_size, **options | {"data__mix": mix})
+    assert caught.value.hint.startswith(f"--set data.mix.image.batch_size={fits} or fewer")
+
+
+def test_missing_torchcodec_is_told_before_anything_is_read(shapes_corpus, recipe, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchcodec", None)
+    options = {"data__media": "video", "data__decoder": "torchcodec"}
+    with pytest.raises(DependencyError, match="not installed") as caught:
+        loader(shapes_corpus, recipe, **options)
+    assert "pip install torchcodec" in caught.value.hint
+    loader(shapes_corpus, recipe, **options | {"data__decoder": "pyav"})
+    loader(shapes_corpus, recipe, **options | {"data__media": "frames"})
 
 
 def test_whole_frames_go_to_a_device_that_crops_them(shapes_corpus, recipe):

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Frames of an MP4 by time, from videos whose every frame says its number."""
 
+import io
 import sys
+import wave
 from typing import Any
 
 import av
@@ -13,6 +15,7 @@ from dataengine.cut import cut
 from dataengine.errors import DependencyError
 from tests.media_factory import frame_number, make_video
 from training.data import video
+from training.data.audio import clip_fbank
 from training.data.video import decode_frames
 
 
@@ -82,6 +85,24 @@ def test_broken_bytes_are_a_value_error(clip, decoder):
     for data in (b"", b"junk" * 99, clip[: len(clip) // 3]):
         with pytest.raises(ValueError, match="undecodable video"):
             decode_frames(data, [0.5], decoder)
+
+
+def test_reasons_of_broken_videos_are_sentences(clip):
+    def reason(data):
+        with pytest.raises(ValueError, match="undecodable video") as caught:
+            decode_frames(data, [0.5])
+        return str(caught.value)
+
+    invalid = "undecodable video: Invalid data found when processing input"
+    assert {reason(data) for data in (b"", b"junk" * 99, clip[: len(clip) // 3])} == {invalid}
+    sound = io.BytesIO()
+    with wave.open(sound, "wb") as file:
+        file.setparams((1, 2, 16000, 0, "NONE", ""))
+        file.writeframes(bytes(32000))
+    assert reason(sound.getvalue()) == "undecodable video: no pictures"
+    with pytest.raises(ValueError, match="undecodable sound: Invalid data found") as caught:
+        clip_fbank(b"", None)
+    assert "Errno" not in str(caught.value)
 
 
 @TORCHCODEC

@@ -92,11 +92,19 @@ class ClipReader(Dataset[Any]):
     """Turns requests into batches; runs in the reader processes.
 
     Returns an ``EngineError`` instead of raising it: a DataLoader would dress it in a traceback.
+
+    Raises:
+        DependencyError: If the decoder of videos is not installed.
     """
 
     def __init__(
         self, feeds: Mapping[MediaKind, Feed], config: DataConfig, spec: InputSpec, seed: int
     ) -> None:
+        if config.media == "video" and any(kind != "audio" for kind in feeds):
+            # Imported late: a recipe that reads frames runs without PyAV.
+            from training.data.video import check_decoder
+
+            check_decoder(config.decoder)
         self._feeds, self._config, self._spec, self._seed = feeds, config, spec, seed
         self._shards: ShardReader | None = None
         self._tokenise: Callable[[list[str]], torch.Tensor] | None = None
@@ -322,7 +330,9 @@ class TrainLoader:
         is_remote: Whether a corpus lies on an object store, whose clients do not survive a fork.
 
     Raises:
-        ConfigError: If the clips do not fill one global batch, or the processes cannot share it.
+        ConfigError: If the clips do not fill one global batch, the processes cannot share it, or it is to
+            hold more clips than there are videos, of no two the same.
+        DependencyError: If the decoder of videos is not installed.
     """
 
     def __init__(
@@ -355,6 +365,15 @@ class TrainLoader:
                     f"{len(feed.index)} training clips do not fill one batch of {feed.batch_size}",
                     f"--set {field}={max(len(feed.index) // world_size, 1) * world_size} or fewer",
                 )
+            if config.unique_videos:
+                num_videos = len(np.unique(feed.index.video_hash))
+                if feed.batch_size > num_videos:
+                    fitting = max(num_videos // world_size, 1) * world_size
+                    raise ConfigError(
+                        f"No two clips of a video may meet (data.unique_videos), and a batch of "
+                        f"{feed.batch_size} {kind} clips can never be full of {num_videos} videos",
+                        f"--set {field}={fitting} or fewer, or --set data.unique_videos=false",
+                    )
         self.steps_per_epoch = sum(self._steps.values())
         self._reader = ClipReader(self._feeds, config, spec, seed)
         self._config, self._seed, self._is_remote = config, seed, is_remote

@@ -2,6 +2,7 @@
 """A clip's MP4 bytes -> a few of its frames, by presentation time."""
 
 import functools
+import importlib.util
 import io
 from collections.abc import Iterable
 from typing import Any, Literal
@@ -36,7 +37,9 @@ def decode_frames(
 def _by_pyav(mp4: bytes, shares: list[float]) -> list[Image.Image]:
     try:
         with av.open(io.BytesIO(mp4), mode="r") as container:
-            stream = container.streams.video[0]
+            stream = next(iter(container.streams.video), None)
+            if stream is None:
+                raise ValueError("undecodable video: no pictures")
             # Readers run beside each other: more threads would only wait for each other.
             if stream.codec_context is None:
                 raise ValueError("undecodable video: its codec is unknown")
@@ -47,8 +50,9 @@ def _by_pyav(mp4: bytes, shares: list[float]) -> list[Image.Image]:
                 duration_s = (container.duration or 0) / av.time_base
             frames = (frame for frame in container.decode(stream) if frame.time is not None)
             return _pick(frames, [share * duration_s for share in shares])
-    except (FFmpegError, IndexError) as error:
-        raise ValueError(f"undecodable video: {error}") from error
+    except FFmpegError as error:
+        # Its words alone: the whole has libav's number and the name of a file, which there is none of.
+        raise ValueError(f"undecodable video: {error.strerror}") from error
 
 
 def _by_torchcodec(mp4: bytes, shares: list[float]) -> list[Image.Image]:
@@ -69,16 +73,30 @@ def _by_torchcodec(mp4: bytes, shares: list[float]) -> list[Image.Image]:
     return [Image.fromarray(frame.numpy()) for frame in frames]
 
 
+def check_decoder(decoder: Literal["pyav", "torchcodec"]) -> None:
+    """Says at once, and without loading it, that a decoder is not installed.
+
+    Raises:
+        DependencyError: If torchcodec is asked for and not there.
+    """
+    if decoder == "torchcodec" and importlib.util.find_spec("torchcodec") is None:
+        raise _not_installed()
+
+
+def _not_installed() -> DependencyError:
+    return DependencyError(
+        "data.decoder is torchcodec, which is not installed",
+        "pip install torchcodec, or --set data.decoder=pyav",
+    )
+
+
 @functools.cache
 def _torchcodec() -> Any:
     """Returns torchcodec's decoder class."""
     try:
         from torchcodec.decoders import VideoDecoder  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise DependencyError(
-            "data.decoder is torchcodec, which is not installed",
-            "pip install torchcodec, or --set data.decoder=pyav",
-        ) from error
+        raise _not_installed() from error
     except (RuntimeError, OSError) as error:  # it is there, but libav or CUDA's libraries are not
         raise DependencyError(
             f"torchcodec cannot be loaded: {str(error).splitlines()[0]}",
