@@ -645,6 +645,19 @@ def test_code_in_a_file_is_not_run(tmp_path):
             read_weights(path)
 
 
+@pytest.mark.parametrize("name", ["notes.pth", "notes", "notes.safetensors"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"root:x:0:0:root:/root:/bin/bash\n", bytes(99)],
+    ids=["empty", "text", "zeros"],
+)
+def test_what_is_no_file_of_weights_is_called_so(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=f"{name} is no file of weights$") as caught:
+        read_weights(tmp_path / name)
+    assert "trust" not in caught.value.hint
+
+
 def test_frozen_weights_that_nothing_was_loaded_into_are_told(recipe, caplog):
     config = recipe(model__freeze_text=True)
     with caplog.at_level(logging.WARNING):

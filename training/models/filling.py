@@ -99,7 +99,8 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     They may lie under ``module``, ``model`` or ``state_dict``; a leading ``module.`` is cut off.
 
     Raises:
-        ConfigError: If there is no such file, or it cannot be read without running code in it.
+        ConfigError: If there is no such file, it is none of weights, or it cannot be read without
+            running code in it.
     """
     file = path
     if path.is_dir():
@@ -118,6 +119,11 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
             f"init: {file} is a program and not weights alone (TorchScript, as OpenAI's files are)",
             "if you trust it, store its weights by themselves: "
             "torch.save(torch.jit.load(FILE, 'cpu').state_dict(), NEW_FILE)",
+        )
+    if not _may_hold_weights(file):
+        raise ConfigError(
+            f"init: {file} is no file of weights",
+            "name one that torch.save or safetensors wrote",
         )
     try:
         if file.suffix == ".safetensors":
@@ -147,6 +153,18 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     if not state:
         raise ConfigError(f"init: {file} holds no tensors", "name a file of weights")
     return state
+
+
+def _may_hold_weights(file: Path) -> bool:
+    """Returns whether a file begins as safetensors' or torch's own do, now or before zip archives."""
+    try:
+        with file.open("rb") as opened:
+            start = opened.read(9)
+    except OSError as error:
+        raise ConfigError(f"init: {file} cannot be read ({error.strerror})") from error
+    if file.suffix == ".safetensors":
+        return start[8:] == b"{"  # behind eight bytes for the header's length
+    return start.startswith((b"PK", b"\x80"))
 
 
 def _is_program(file: Path) -> bool:
