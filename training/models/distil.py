@@ -7,9 +7,7 @@ of a text, D width, E embedding.
 Source: InternVideo2 (arXiv:2403.15377), section 3.1, and its released training code.
 """
 
-import re
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -21,11 +19,8 @@ from dataengine.networks.config import InternVideo2Config
 from dataengine.networks.internvideo2 import (
     InternVideo2,
     draw_linears,
-    fit_published,
     positions_of,
-    published_state,
     sinusoids,
-    stretch_positions,
     take,
 )
 from training.config import DistilConfig, DistilObjective
@@ -304,26 +299,6 @@ def visible_patches(
             num_kept = T * P - int(T * P * mask_ratio)
             visible_BV = torch.multinomial(torch.ones_like(weights_BTP).flatten(1), num_kept)
     return visible_BV.sort(dim=1).values
-
-
-def load_published_student(
-    source: str | Path | Mapping[str, Any], student: Student, num_frames: int | None = None
-) -> dict[str, torch.Tensor]:
-    """Returns a published first stage, decoders and all, for a student to go on from.
-
-    Args:
-        source: A file, or what ``torch.load`` gives of one.
-        student: Whose names and shapes must be met; positions are stretched to its frames and grid.
-        num_frames: Frames of the file's positions, 8 in the released ones; None lets their number tell.
-
-    Raises:
-        DependencyError: Naming weights that are missing, of another shape or not known.
-    """
-    state = stretch_positions(published_state(source), student.config, num_frames)
-    return fit_published(state, student.state_dict(), _NOTHING)
-
-
-_NOTHING = re.compile(r"(?!)")
 
 
 def _depth(name: str, layers: int) -> tuple[int, int] | None:
