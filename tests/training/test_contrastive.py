@@ -148,4 +148,5 @@ def test_two_processes_equal_one(tmp_path):
     for value, reference, share in zip(
         local[1:], (video, text, temperature), (2, 2, 1), strict=True
     ):
+        assert reference is not None
         torch.testing.assert_close(value, reference / share, rtol=1e-5, atol=1e-6)

@@ -1,4 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
+# Parts of a Batch are optional; where one is missing, a test fails by itself.
+# pyright: reportOptionalMemberAccess=false
+# pyright: reportOptionalSubscript=false
+# pyright: reportArgumentType=false
 import io
 import itertools
 import json

@@ -144,9 +144,9 @@ def test_order_depends_on_seed_epoch_and_stream_alone():
     # Without a buffer: the order of row groups must differ by itself.
     steps, sources = make_sources([64], [1.0], 4)
 
-    def order(**changed):
+    def order(seed=1, epoch=0, **changed):
         layout = make_layout(steps, 4, shuffle_buffer=1)
-        return plan.epoch_batches(sources, layout, **{"seed": 1, "epoch": 0} | changed)
+        return plan.epoch_batches(sources, layout, seed=seed, epoch=epoch, **changed)
 
     np.testing.assert_array_equal(order(), order())
     for changed in ({"epoch": 1}, {"seed": 2}, {"stream": 1}):
