@@ -297,7 +297,7 @@ def test_held_out_images_are_middle_frames(write_corpus, make_row, make_frames, 
         data__batch_size=4,
     )
     corpora = open_corpora(config, hold_out_all=True)
-    (batch,) = corpora.held_out_loader() or ()
+    (batch,) = list(corpora.held_out_loader())
     assert batch.kind == "image"
     assert batch.frames.shape == (4, 1, 32, 32, 3)
     red, green, blue = batch.frames[:, 0, 16, 16].float().mean(0).tolist()
