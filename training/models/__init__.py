@@ -36,7 +36,6 @@ def build_task(config: TrainConfig) -> Task:
             return ContrastiveTask(OpenClipDualEncoder(model), objective)
         case InternVideo2ClipConfig(), ContrastiveObjective():
             from dataengine.networks.internvideo2_clip import InternVideo2Clip
-
             from training.models.contrastive import ContrastiveTask
 
             return ContrastiveTask(InternVideo2Clip(model), objective)
